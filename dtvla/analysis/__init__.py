@@ -1,0 +1,1 @@
+"""What was measured: intervals, tables, pictures and the report of a run."""

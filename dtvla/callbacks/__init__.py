@@ -1,0 +1,1 @@
+"""Lightning callbacks: exact-resume checkpoints, progress, throughput, rollouts in LIBERO."""

@@ -1,0 +1,115 @@
+"""Command lines: the Hydra wrapper that every entry point uses, and the console command ``dtvla``.
+
+``python -m dtvla.train ...`` and ``dtvla train ...`` are the same thing. Heavy libraries are imported by the entry
+points inside their task functions, so ``--help`` and misspelled options answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from dtvla.errors import UserError
+
+COMMANDS = {
+    "doctor": "is this machine fit? versions, GPU, renderer, LIBERO's assets, MuJoCo drift, disk",
+    "collect": "make demonstrations with thoughts: a scripted expert in the real simulator",
+    "train": "fine-tune a policy, e.g. +experiment=libero_cot_sft",
+    "evaluate": "run a checkpoint in LIBERO: success rates with intervals, videos with thoughts",
+    "report": "write a report of a training run and its evaluations",
+}
+USER_ERROR_EXIT_CODE = 2
+INTERRUPT_EXIT_CODE = 130
+
+
+def config_dir() -> Path:
+    """Return the folder of dtvla's Hydra configuration: inside an installed wheel, else of the checkout.
+
+    Raises:
+        UserError: neither place holds it (a broken installation).
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise UserError(f"installation: no conf/ inside or beside {package}; install dtvla again")
+
+
+def entry(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
+    """Make a command-line entry point of a function that takes the composed configuration.
+
+    The configuration is ``conf/<config_name>.yaml``. Users add a folder of their own with Hydra's ``--config-dir``.
+    A :class:`UserError` and a missing or mistyped value end the process with one line and exit code 2. In a
+    multirun the first such error ends the sweep.
+
+    Args:
+        config_name: name of the primary configuration, without ``.yaml``.
+    """
+
+    def decorate(function: Callable[[Any], Any]) -> Callable[[], None]:
+        @wraps(function)
+        def task(cfg: Any) -> Any:
+            from omegaconf.errors import OmegaConfBaseException
+
+            try:
+                return function(cfg)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+            except OmegaConfBaseException as error:
+                print(f"error: configuration: {' '.join(str(error).split())}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                raise SystemExit(INTERRUPT_EXIT_CODE) from None
+            raise SystemExit(USER_ERROR_EXIT_CODE)
+
+        @wraps(function)
+        def run() -> None:
+            import hydra
+
+            try:
+                folder = str(config_dir())
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                raise SystemExit(USER_ERROR_EXIT_CODE) from None
+            hydra.main(version_base="1.3", config_path=folder, config_name=config_name)(task)()
+
+        return run
+
+    return decorate
+
+
+def command_line(name: str) -> str | None:
+    """The command that repeats this Hydra job of entry point ``name``; None outside of Hydra."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return None
+    root = os.environ.get("DTVLA_ROOT")  # decides where relative results are looked for
+    variables = [f"DTVLA_ROOT={root}"] if root else []
+    return shlex.join([*variables, "python", "-m", f"dtvla.{name}", *HydraConfig.get().overrides.task])
+
+
+def main() -> None:
+    """Run ``dtvla COMMAND [options]``."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print("usage: dtvla COMMAND [options]      (dtvla COMMAND --help lists a command's settings)\n")
+        for name, text in COMMANDS.items():
+            print(f"  {name:10s}{text}")
+        return
+    if sys.argv[1] == "--version":
+        from dtvla import __version__
+
+        print(__version__)
+        return
+    command = sys.argv.pop(1)
+    if command not in COMMANDS:
+        print(f"error: command: {command!r} is unknown; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(USER_ERROR_EXIT_CODE)
+    sys.argv[0] = f"{os.path.basename(sys.argv[0])} {command}"
+    importlib.import_module(f"dtvla.{command}").main()

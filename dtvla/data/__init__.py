@@ -1,0 +1,1 @@
+"""Demonstrations: LeRobot datasets, the image pipeline, normalisation, sampling and collation."""

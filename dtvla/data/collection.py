@@ -1,0 +1,161 @@
+"""What a collection of demonstrations is made of: the request, its episodes, and the folders it lives in."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dtvla.data.staging import EpisodeSource, episode_path, read_source
+from dtvla.errors import UserError
+
+COLLECTION_FILE = "meta/collection.json"
+
+
+@dataclass(frozen=True)
+class CollectionRequest:
+    """Everything that determines the content of a dataset.
+
+    Attributes:
+        suite, task_ids: LIBERO tasks.
+        episodes: successful episodes wanted of each task.
+        init_states: init states that are used in turn.
+        seed: of the expert's noise and detours.
+        render, image_size, settle_steps, max_steps: of the environment.
+        max_attempts: tries for one episode before the collection gives up.
+    """
+
+    suite: str
+    task_ids: tuple[int, ...]
+    episodes: int
+    init_states: tuple[int, ...]
+    seed: int
+    render: str
+    image_size: int
+    settle_steps: int
+    max_steps: int
+    max_attempts: int
+
+    def __post_init__(self) -> None:
+        """Refuse empty or negative settings."""
+        for name in ("episodes", "image_size", "max_steps", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: found {getattr(self, name)}; use 1 or more")
+        if not self.task_ids or len(set(self.task_ids)) != len(self.task_ids):
+            raise UserError(f"env.task_ids: found {list(self.task_ids)}; name at least one task, each once")
+        if not self.init_states or self.seed < 0:
+            raise UserError(f"init_states, seed: found {list(self.init_states)}, {self.seed}; use some, and 0 or more")
+        if self.render == "none":
+            raise UserError("env.render: found none; demonstrations need pictures, use full or draft")
+
+    def plans(self) -> list[EpisodePlan]:
+        """All episodes, task by task, in the order of the dataset."""
+        return [
+            EpisodePlan(t * self.episodes + k, task_id, self.init_states[k % len(self.init_states)], number=k)
+            for t, task_id in enumerate(self.task_ids)
+            for k in range(self.episodes)
+        ]
+
+    def expert_seed(self, plan: EpisodePlan, attempt: int) -> int:
+        """Seed of one try: a pure function of the request's seed, the task, the episode's number and the attempt."""
+        entropy = [self.seed, plan.task_id, plan.number, attempt]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
+class EpisodePlan:
+    """One episode to be recorded: place in the dataset, task, init state, and number among the task's episodes."""
+
+    episode_index: int
+    task_id: int
+    init_state: int
+    number: int
+
+
+class Workspace:
+    """The folder ``<root>.partial``, in which finished episodes wait for the rest, and the way from there to root."""
+
+    def __init__(self, root: Path, request: CollectionRequest) -> None:
+        """Name the folders; nothing is touched yet."""
+        self.root, self.request = root, request
+        self.folder = Path(f"{root}.partial")
+        self.assembly = self.folder / "dataset"
+
+    def finished(self) -> dict[str, Any] | None:
+        """The stored record of a dataset at ``root`` that answers the request; None when there is none.
+
+        Raises:
+            UserError: something else is there. It is never overwritten.
+        """
+        if not self.root.exists() or (self.root.is_dir() and not any(self.root.iterdir())):
+            return None
+        try:
+            record = json.loads((self.root / COLLECTION_FILE).read_text())
+            found = record["request"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"root: {self.root} exists and was not made by collect; set root=... to a new folder"
+            ) from None
+        self._require_equal(found, f"root: {self.root} holds a finished collection")
+        return dict(record)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the folder for this process: create it or continue it, and clear what an interrupted run left half done.
+
+        Raises:
+            UserError: another process collects here, or the folder belongs to another request.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it however the process ends
+            except BlockingIOError:
+                raise UserError(f"root: another process is collecting into {self.folder}; wait for it to end") from None
+            path = self.folder / "request.json"
+            if path.exists():
+                self._require_equal(json.loads(path.read_text()), f"root: {self.folder} was begun")
+            else:
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(json.dumps(self.request.to_dict(), indent=2) + "\n")
+                os.replace(temporary, path)
+            for leftover in self.folder.glob("*.tmp"):
+                leftover.unlink(missing_ok=True)
+            shutil.rmtree(self.assembly, ignore_errors=True)
+            yield
+
+    def staged(self) -> dict[int, EpisodeSource]:
+        """Finished episodes by index; a damaged file (power loss) is removed, so that its episode is recorded again."""
+        found = {}
+        for plan in self.request.plans():
+            path = episode_path(self.folder, plan.episode_index)
+            if path.exists():
+                try:
+                    found[plan.episode_index] = read_source(path)
+                except ValueError:
+                    path.unlink()
+        return found
+
+    def publish(self) -> None:
+        """Move the assembled dataset to ``root`` and remove the staged episodes."""
+        os.replace(self.assembly, self.root)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _require_equal(self, found: dict[str, Any], what: str) -> None:
+        wanted = self.request.to_dict()
+        names = [name for name in wanted if found.get(name) != wanted[name]]
+        if names:
+            differences = ", ".join(f"{name}={found.get(name)} (asked: {wanted[name]})" for name in names)
+            raise UserError(f"{what} with {differences}; ask for the same, set root=... or delete the folder")

@@ -1,0 +1,196 @@
+"""Statistics of a dataset and the map between robot units and the policy's [-1, 1]."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtvla.data.summaries import describe
+from dtvla.errors import UserError
+
+FIELDS = ("mean", "std", "min", "max", "q01", "q99")
+REQUIRED_FIELDS = ("mean", "std", "q01", "q99")  # what the published norm_stats.json holds
+EPSILON = 1e-8
+LIBERO_MASK_D = (True, True, True, True, True, True, False)
+
+Method = Literal["quantile", "min_max", "mean_std"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Per-dimension statistics of ``state`` and ``action`` in robot units, as float64 tuples.
+
+    ``min`` and ``max`` may be absent in files from elsewhere.
+    """
+
+    state: Mapping[str, tuple[float, ...]]
+    action: Mapping[str, tuple[float, ...]]
+
+    @classmethod
+    def from_frames(cls, state_FD: np.ndarray, action_FD: np.ndarray) -> Statistics:
+        """Exact statistics over all frames F (quantiles by linear interpolation, as numpy computes them)."""
+        return cls(state=_describe(state_FD), action=_describe(action_FD))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "statistics") -> Statistics:
+        """Read the published layout, or openpi's (nested under ``norm_stats``, key ``actions``).
+
+        Args:
+            values: parsed JSON.
+            source: what to name in an error.
+
+        Raises:
+            UserError: a group or field is missing, lengths differ, or a value is not finite.
+        """
+        nested = values.get("norm_stats", values)
+        groups = {"state": nested.get("state"), "action": nested.get("action", nested.get("actions"))}
+        read: dict[str, dict[str, tuple[float, ...]]] = {}
+        for group, fields in groups.items():
+            if not isinstance(fields, Mapping) or any(name not in fields for name in REQUIRED_FIELDS):
+                wanted = ", ".join(REQUIRED_FIELDS)
+                raise UserError(f"{source}: no complete {group!r} statistics; it needs the lists {wanted}")
+            present = [name for name in FIELDS if name in fields]
+            read[group] = {name: _vector(fields[name], f"{source}: {group}.{name}") for name in present}
+            if len({len(vector) for vector in read[group].values()}) != 1:
+                raise UserError(f"{source}: the lists under {group!r} differ in length; compute the statistics anew")
+        return cls(state=read["state"], action=read["action"])
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read a ``norm_stats.json``; :class:`UserError` when it is absent or malformed."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path}: not found; collect the dataset again or copy the file from its source") from None
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error}); copy the file anew") from None
+        return cls.from_dict(values, source=str(path))
+
+    def save(self, path: Path) -> None:
+        """Write the published JSON layout, atomically."""
+        temporary = Path(f"{path}.tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        os.replace(temporary, path)
+
+    def to_dict(self) -> dict[str, dict[str, list[float]]]:
+        """``{"state": {"mean": [...], ...}, "action": {...}}``."""
+        groups = {"state": self.state, "action": self.action}
+        return {key: {name: list(vector) for name, vector in group.items()} for key, group in groups.items()}
+
+    def digest(self) -> str:
+        """sha256 over the values: equal for equal statistics, whatever file they came from."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+class ActionNormalizer:
+    """Maps actions between robot units and the policy's range (``reference``: QUANTILE for LIBERO).
+
+    ``quantile``: y = clamp(2 (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1), inverse
+    x = 0.5 (y + 1)(q99 - q01 + 1e-8) + q01; ``min_max`` the same with min and max; ``mean_std``:
+    y = (x - mean) / (std + 1e-8), without a clamp. Dimensions whose mask is False (LIBERO's gripper) pass through
+    untouched.
+    """
+
+    def __init__(
+        self, statistics: Statistics, method: Method = "quantile", mask_D: Sequence[bool] = LIBERO_MASK_D
+    ) -> None:
+        """Precompute scale and offset.
+
+        Args:
+            statistics: of the training data.
+            method: see the class.
+            mask_D: which action dimensions are normalised.
+
+        Raises:
+            UserError: unknown method, statistics without the needed fields, or another number of dimensions.
+        """
+        self.statistics, self.method, self.mask_D = statistics, method, tuple(bool(flag) for flag in mask_D)
+        fields = {"quantile": ("q01", "q99"), "min_max": ("min", "max"), "mean_std": ("mean", "std")}
+        if method not in fields:
+            raise UserError(f"normalizer: unknown method {method!r}; use one of {', '.join(fields)}")
+        if any(name not in statistics.action for name in fields[method]):
+            raise UserError(f"normalizer: {method} needs {' and '.join(fields[method])}, absent from the statistics")
+        first, second = (np.asarray(statistics.action[name], dtype=np.float64) for name in fields[method])
+        mask = np.asarray(self.mask_D)
+        if len(first) != len(mask):
+            raise UserError(f"normalizer: statistics have {len(first)} action dimensions, the mask {len(mask)}")
+        if method == "mean_std":
+            offset, scale = first, second + EPSILON
+        else:
+            scale = (second - first + EPSILON) / 2
+            offset = first + scale
+        self._offset_D = np.where(mask, offset, 0.0)
+        self._scale_D = np.where(mask, scale, 1.0)
+        self._limit_D = np.where(mask & (method != "mean_std"), 1.0, np.inf)
+
+    @property
+    def action_dim(self) -> int:
+        """Number of action dimensions D."""
+        return len(self.mask_D)
+
+    @overload
+    def normalize(self, actions: np.ndarray) -> np.ndarray: ...
+    @overload
+    def normalize(self, actions: Tensor) -> Tensor: ...
+    def normalize(self, actions: np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """Robot units (..., D) to the policy's range, float32 (a tensor keeps its device)."""
+        if isinstance(actions, Tensor):
+            offset, scale, limit = (self._constant(c, actions) for c in (self._offset_D, self._scale_D, self._limit_D))
+            return torch.clamp((actions.double() - offset) / scale, -limit, limit).float()
+        scaled = (np.asarray(actions, dtype=np.float64) - self._offset_D) / self._scale_D
+        return np.clip(scaled, -self._limit_D, self._limit_D).astype(np.float32)
+
+    @overload
+    def unnormalize(self, actions: np.ndarray) -> np.ndarray: ...
+    @overload
+    def unnormalize(self, actions: Tensor) -> Tensor: ...
+    def unnormalize(self, actions: np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """The policy's range (..., D) to robot units, float32 (a tensor keeps its device)."""
+        if isinstance(actions, Tensor):
+            offset, scale = (self._constant(c, actions) for c in (self._offset_D, self._scale_D))
+            return (actions.double() * scale + offset).float()
+        return (np.asarray(actions, dtype=np.float64) * self._scale_D + self._offset_D).astype(np.float32)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint, statistics and their digest included."""
+        return {
+            "method": self.method,
+            "mask": list(self.mask_D),
+            "statistics": self.statistics.to_dict(),
+            "digest": self.statistics.digest(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "normalizer") -> ActionNormalizer:
+        """Inverse of :meth:`to_dict`; :class:`UserError` when the digest does not belong to the statistics."""
+        statistics = Statistics.from_dict(values["statistics"], source=source)
+        if statistics.digest() != values["digest"]:
+            raise UserError(f"{source}: the statistics do not match their digest; the file was edited, restore it")
+        return cls(statistics, values["method"], values["mask"])
+
+    @staticmethod
+    def _constant(values_D: np.ndarray, like: Tensor) -> Tensor:
+        return torch.from_numpy(values_D).to(like.device)
+
+
+def _describe(frames_FD: np.ndarray) -> dict[str, tuple[float, ...]]:
+    return {name: tuple(row) for name, row in describe(frames_FD, published=True).items()}
+
+
+def _vector(values: Any, source: str) -> tuple[float, ...]:
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError(f"{source}: not a list of numbers; compute the statistics anew") from None
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise UserError(f"{source}: not a list of finite numbers; compute the statistics anew")
+    return tuple(array.tolist())

@@ -1,0 +1,9 @@
+"""The one exception that users are meant to read."""
+
+
+class UserError(Exception):
+    """Something that the user can mend: a setting, a path, a file, a missing system package.
+
+    The message is one sentence or two in the form ``setting: what was found; what to do``. Entry points print it
+    without a stack and exit with code 2 (see :mod:`dtvla.cli`). Anything else that is raised is a defect of dtvla.
+    """

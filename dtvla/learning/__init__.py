@@ -1,0 +1,1 @@
+"""LightningModules, optimiser groups, schedules, metrics and the run folder."""

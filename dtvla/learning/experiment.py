@@ -1,0 +1,232 @@
+"""One training run: composed from its configuration, continued when interrupted, exported when complete."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import signal
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dtvla import __version__
+from dtvla.errors import UserError
+from dtvla.learning.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from dtvla.data.datamodule import DemonstrationDataModule
+    from dtvla.learning.sft import SFTModule
+
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
+SIGINT_EXIT_CODE = 128 + signal.SIGINT
+LONGEST_JOB_NAME = 80
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Run, continue or look up the training that ``conf/train.yaml`` describes.
+
+    Returns:
+        The final value of ``cfg.optimized_metric``, or None when that is null.
+
+    Raises:
+        UserError: a setting is wrong, something required is absent, or the run folder holds other work.
+        SystemExit: code 143 after SIGTERM, 130 after Ctrl-C; a checkpoint is there to continue from.
+    """
+    folder = _run_folder(cfg)
+    cfg.run.folder = str(folder.path)
+    checkpoint = folder.begin(_plain(cfg), resume=bool(cfg.resume))
+    result = folder.result()
+    if result is not None:
+        print(f"This run is finished ({result['steps']} steps); its policy is {folder.policy}")
+        return _metric(cfg, result["metrics"])
+    metrics = _fit(cfg, folder, checkpoint)
+    print(f"policy: {folder.policy}")
+    return _metric(cfg, metrics)
+
+
+def _fit(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> dict[str, float]:
+    started = time.monotonic()
+    from lightning.pytorch import seed_everything
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from dtvla.callbacks.checkpoint import read_step
+
+    _quiet()
+    seed_everything(int(cfg.seed), verbose=False)
+    data = _open_inputs(cfg)
+    if checkpoint is not None:
+        cfg.run.start_step = read_step(checkpoint)
+        print(f"continuing after step {cfg.run.start_step}: {checkpoint}")
+    module = _module(cfg, data, cfg.run.start_step)
+    trainer = _trainer(cfg)
+    folder.record(_plain(cfg))
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:
+        print(f"stopped by SIGTERM after step {trainer.global_step}, which is saved; continue with resume=true")
+        raise SystemExit(SIGTERM_EXIT_CODE) from None
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        print("interrupted; continue from the last checkpoint with the same command and resume=true")
+        raise SystemExit(SIGINT_EXIT_CODE) from None
+    metrics = _final_metrics(trainer, module, data)
+    if trainer.is_global_zero:
+        if not folder.policy.exists():
+            module.policy.save(folder.policy)
+        folder.finish(_result(cfg, module, trainer.global_step, metrics, time.monotonic() - started))
+    return metrics
+
+
+def _open_inputs(cfg: DictConfig) -> DemonstrationDataModule:
+    """Open the dataset and look for the weights that training starts from.
+
+    Raises:
+        UserError: naming everything that is absent or unfit at once.
+    """
+    from hydra.utils import instantiate
+
+    from dtvla.policy.build import find_checkpoint
+
+    data: DemonstrationDataModule = instantiate(cfg.data)
+    problems: list[str] = []
+    if cfg.model.checkpoint:
+        problems += _problem(lambda: find_checkpoint(str(cfg.model.checkpoint)))
+    problems += _problem(lambda: data.demonstrations)
+    if problems:
+        raise UserError("; and ".join(problems))
+    return data
+
+
+def _problem(check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _module(cfg: DictConfig, data: DemonstrationDataModule, start_step: int) -> SFTModule:
+    from dtvla.learning.optim import OptimizerSettings
+    from dtvla.learning.sft import SFTModule
+    from dtvla.policy.policy import build_policy
+
+    demonstrations = data.demonstrations
+    print(f"data: {demonstrations.root}, {demonstrations.episodes} episodes, {len(demonstrations)} frames")
+    policy = build_policy(_plain(cfg.model), demonstrations.texts(), demonstrations.statistics)
+    data.attach(policy.processor, start_step)
+    algorithm = _plain(cfg.algorithm)
+    optimizer = {**algorithm["optimizer"], "betas": tuple(algorithm["optimizer"]["betas"])}
+    module = SFTModule(
+        policy,
+        OptimizerSettings(**optimizer),
+        data_fingerprint=demonstrations.fingerprint,
+        seed=int(cfg.seed),
+        micro_batch_size=algorithm["micro_batch_size"],
+        action_smoothing_bins=float(algorithm["loss"]["action_smoothing_bins"]),
+    )
+    print(f"model: {cfg.model.name}, {_parameters(module) / 1e6:.1f} M parameters")
+    return module
+
+
+def _trainer(cfg: DictConfig) -> Trainer:
+    import torch
+    from hydra.utils import instantiate
+
+    from dtvla.callbacks.checkpoint import AtomicCheckpointIO
+
+    if cfg.trainer.accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
+        raise UserError(f"trainer: torch {torch.__version__} finds no GPU; use trainer=cpu or install a CUDA build")
+    callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
+    loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=loggers or False,
+        plugins=[AtomicCheckpointIO()],
+    )
+    return trainer
+
+
+def _final_metrics(trainer: Trainer, module: SFTModule, data: DemonstrationDataModule) -> dict[str, float]:
+    """Metrics after the last step; validates once more unless the last step did."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if trainer.enable_validation and module.validated_step != trainer.global_step:
+        trainer.validate(module, datamodule=data, verbose=False)
+        metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {name: value for name, value in sorted(metrics.items()) if "/" in name}
+
+
+def _metric(cfg: DictConfig, metrics: dict[str, float]) -> float | None:
+    if cfg.optimized_metric is None:
+        return None
+    if cfg.optimized_metric not in metrics:
+        known = ", ".join(metrics) or "none"
+        raise UserError(f"optimized_metric: {cfg.optimized_metric!r} was not measured; use null or one of {known}")
+    return metrics[cfg.optimized_metric]
+
+
+def _result(
+    cfg: DictConfig, module: SFTModule, steps: int, metrics: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    import lightning
+    import torch
+    import transformers
+
+    return {
+        "format": "dtvla.training",
+        "version": 1,
+        "name": str(cfg.name),
+        "steps": steps,
+        "parameters": _parameters(module),
+        "seconds_since_last_start": round(seconds, 1),
+        "metrics": metrics,
+        "versions": {
+            "dtvla": __version__,
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _run_folder(cfg: DictConfig) -> RunFolder:
+    """``<paths.runs>/<name>``; in a sweep every job has a folder of its own, named by its overrides."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    path = Path(str(cfg.paths.runs)) / str(cfg.name)
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        path = path.with_name(f"{path.name}-{_job_name(HydraConfig.get().overrides.task)}")
+    return RunFolder(path)
+
+
+def _job_name(overrides: Sequence[str]) -> str:
+    """A folder name for a job of a sweep, the same when it is resumed; long ones end in a digest."""
+    kept = [text for text in sorted(overrides) if text.split("=")[0] not in ("name", "resume", "+experiment")]
+    name = re.sub(r"[^A-Za-z0-9_.=,+-]+", "_", ",".join(kept)) or "job"
+    if len(name) <= LONGEST_JOB_NAME:
+        return name
+    return f"{name[:LONGEST_JOB_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def _parameters(module: SFTModule) -> int:
+    return sum(parameter.numel() for parameter in module.model.parameters())
+
+
+def _quiet() -> None:
+    """Keep advice of libraries that does not apply here off the screen (after their import, which sets their level)."""
+    import logging
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

@@ -1,0 +1,29 @@
+"""A data module that shows one batch for ever: the oldest test of a training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader, Sampler
+
+from dtvla.data.datamodule import DemonstrationDataModule
+from dtvla.data.sampler import BatchKey, TrainSampler
+from dtvla.policy.layout import Batch
+
+
+class OneBatchDataModule(DemonstrationDataModule):
+    """The first training batch again and again, without augmentation, thoughts never dropped."""
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The same batch without end."""
+        sampler = TrainSampler(self.train_frames, self.batch_size, self.seed)
+        return self._loader(self._dataset(), _FirstOnly(sampler))
+
+
+class _FirstOnly(Sampler[BatchKey]):
+    def __init__(self, sampler: Sampler[BatchKey]) -> None:
+        self._first = next(iter(sampler))
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        while True:
+            yield self._first

@@ -1,0 +1,177 @@
+"""Supervised fine-tuning of a thinking policy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from dtvla.errors import UserError
+from dtvla.learning.metrics import TokenMetrics
+from dtvla.learning.optim import OptimizerSettings, build_optimizer, freeze_parts, gradient_norm
+from dtvla.policy.layout import Batch, Segment
+from dtvla.policy.loss import LossSums, sft_loss
+from dtvla.policy.model import supervised_positions
+
+if TYPE_CHECKING:
+    from dtvla.policy.policy import Policy
+    from dtvla.policy.processor import Processor
+
+FINGERPRINTS = "dtvla_fingerprints"
+
+
+class SFTModule(LightningModule):
+    """Next-token cross entropy over thoughts and actions, averaged over all supervised tokens of the whole batch.
+
+    One training step is one optimiser step on one (large) batch, cut into micro-batches that fit into memory. Each
+    adds (sum of its token losses) / (tokens of the whole batch, over all ranks) to the gradient, so the gradient does
+    not depend on the cut. The published trainer averages the means of its micro-batches instead.
+
+    Dropout is a function of (seed, step, rank): nothing random has to be saved for an exact resume.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: OptimizerSettings,
+        *,
+        data_fingerprint: str = "",
+        seed: int = 0,
+        micro_batch_size: int | None = None,
+        action_smoothing_bins: float = 0.0,
+    ) -> None:
+        """Take the policy's model for training; parts with learning rate 0 are frozen.
+
+        Args:
+            policy: model and processor.
+            optimizer: settings of AdamW and its schedule.
+            data_fingerprint: of the dataset; checkpoints of other data are refused.
+            seed: of dropout.
+            micro_batch_size: samples per forward pass; None for the whole batch.
+            action_smoothing_bins: see :func:`dtvla.policy.loss.sft_loss`; training only.
+
+        Raises:
+            UserError: a setting is out of range.
+        """
+        super().__init__()
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise UserError(f"algorithm.micro_batch_size: {micro_batch_size} is below 1; use null for the whole batch")
+        if action_smoothing_bins < 0:
+            raise UserError(f"algorithm.loss.action_smoothing_bins: {action_smoothing_bins} is negative")
+        self.automatic_optimization = False
+        self.policy = policy
+        self.model = policy.model
+        self.settings = optimizer
+        self.data_fingerprint = data_fingerprint
+        self.seed = seed
+        self.micro_batch_size = micro_batch_size
+        self.action_smoothing_bins = action_smoothing_bins
+        self.train_metrics = TokenMetrics(policy.processor.normalizer)
+        self.val_metrics = TokenMetrics(policy.processor.normalizer)
+        self.validated_step = -1
+        freeze_parts(self.model, optimizer)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule over ``trainer.max_steps``."""
+        optimizer, scheduler = build_optimizer(self.model, self.settings, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed dropout for this step."""
+        digest = hashlib.sha256(f"{self.seed}/{self.global_step}/{self.global_rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One optimiser step."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        for sums in self.accumulate(batch):
+            self.train_metrics.update(sums)
+        norm = gradient_norm(self.model, self.settings.clip)
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"training: the gradient of step {self.global_step + 1} is not finite (the last checkpoint is from "
+                "before it); lower algorithm.optimizer.lr, lengthen the warm-up, or look for defective samples"
+            )
+        rates = {f"lr/{group['name'].split('/')[0]}": group["lr"] for group in optimizer.param_groups}  # type: ignore[union-attr]
+        optimizer.step()  # type: ignore[union-attr]
+        scheduler.step()  # type: ignore[union-attr]
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._log_window(norm, rates)
+
+    def accumulate(self, batch: Batch) -> Iterator[LossSums]:
+        """Run forward and backward over the micro-batches of a batch, adding to the gradient; yield their sums."""
+        tokens = supervised_positions(batch).sum()
+        world = 1
+        if self._trainer is not None:
+            tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
+            world = self.trainer.world_size  # strategies average gradients over ranks
+        for part in micro_batches(batch, self.micro_batch_size):
+            sums = self._loss(part, self.action_smoothing_bins)
+            loss = sums.cross_entropy * world / tokens
+            self.manual_backward(loss) if self._trainer is not None else loss.backward()
+            yield sums
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch of held-out frames to the validation metrics."""
+        for part in micro_batches(batch, self.micro_batch_size):
+            self.val_metrics.update(self._loss(part, 0.0))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        values = {f"val/{name}": value for name, value in self.val_metrics.compute().items()}
+        self.val_metrics.reset()
+        self.log_dict({**values, "step": float(self.global_step)})
+        self.log("val_action_l1", values["val/action_l1"], prog_bar=True, logger=False)
+        self.validated_step = self.global_step
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the data, tokenizer, statistics and image pipeline that the weights were trained with."""
+        checkpoint[FINGERPRINTS] = self._fingerprints()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to continue on other data; :class:`UserError`."""
+        if checkpoint.get(FINGERPRINTS) != self._fingerprints():
+            raise UserError(
+                "resume: the dataset changed since this run began; restore it, or train under another name=..."
+            )
+
+    def _fingerprints(self) -> dict[str, str]:
+        return {"data": self.data_fingerprint, "processor": processor_digest(self.policy.processor)}
+
+    def _loss(self, batch: Batch, smoothing: float) -> LossSums:
+        return sft_loss(self.model, batch, self.policy.processor.layout.bins, action_smoothing_bins=smoothing)
+
+    def _log_window(self, norm: Tensor, rates: dict[str, float]) -> None:
+        values: dict[str, Any] = {f"train/{name}": value for name, value in self.train_metrics.compute().items()}
+        self.train_metrics.reset()
+        self.log_dict({**values, **rates, "train/grad_norm": norm, "step": float(self.global_step)})
+        self.log("loss", values["train/loss"], prog_bar=True, logger=False)
+
+
+def micro_batches(batch: Batch, size: int | None) -> Iterator[Batch]:
+    """Cut a batch into consecutive parts of at most ``size`` samples, each without columns that are padding only."""
+    for start in range(0, len(batch), size or len(batch)):
+        rows = slice(start, start + (size or len(batch)))
+        length = int((batch.segment_BT[rows] != Segment.PAD).sum(1).max())
+        cut = {f.name: getattr(batch, f.name)[rows] for f in fields(Batch)}
+        yield Batch(**{name: value[:, :length] if name.endswith("_BT") else value for name, value in cut.items()})
+
+
+def processor_digest(processor: Processor) -> str:
+    """sha256 over everything that decides how an observation becomes tokens and tokens become actions."""
+    words = {
+        "tokenizer": processor.layout.tokenizer.backend_tokenizer.to_str(),
+        "vocabulary": repr(processor.layout.vocabulary),
+        "prompt": processor.layout.prompt_template.to_dict(),
+        "shape": [processor.layout.image_tokens, processor.layout.chunk, processor.layout.action_dim],
+        "images": processor.images.to_dict(),
+        "normalizer": processor.normalizer.to_dict(),
+    }
+    return hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode()).hexdigest()

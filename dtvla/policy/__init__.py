@@ -1,0 +1,1 @@
+"""The policy: vocabulary, sequence layout, hybrid attention, model, decoding and checkpoints."""

@@ -1,0 +1,1 @@
+"""Episodes: a policy meets environments, and what happened is recorded."""

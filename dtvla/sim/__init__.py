@@ -1,0 +1,1 @@
+"""LIBERO as a gymnasium environment, a pool of worker processes, and a scripted expert. Never imports torch."""

@@ -1,0 +1,43 @@
+"""What holds for every test: nothing is written into the home folder or the checkout, and no hub is asked for anything.
+
+The environment is set when pytest loads this file, before any library reads it, and is inherited by every process that
+a test starts. `MUJOCO_GL` is left alone: dtvla chooses a renderer that works, or honours the one that is set.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRATCH = Path(tempfile.mkdtemp(prefix="dtvla-tests-"))
+
+os.environ.update(
+    HOME=str(SCRATCH / "home"),
+    XDG_CACHE_HOME=str(SCRATCH / "cache"),
+    XDG_CONFIG_HOME=str(SCRATCH / "config"),
+    HF_HOME=str(SCRATCH / "huggingface"),
+    HF_HUB_OFFLINE="1",
+    TORCH_HOME=str(SCRATCH / "torch"),
+    MPLCONFIGDIR=str(SCRATCH / "matplotlib"),
+    MPLBACKEND="agg",
+    DTVLA_ROOT=str(SCRATCH / "outputs"),
+    TOKENIZERS_PARALLELISM="false",
+)
+(SCRATCH / "home").mkdir()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scratch_folder() -> Iterator[None]:
+    """Remove the scratch folder after the last test."""
+    yield
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The folder of the checkout."""
+    return REPOSITORY

@@ -1,0 +1,79 @@
+"""The console command and the way errors reach a user."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtvla import cli
+from dtvla.errors import UserError
+
+
+@pytest.fixture
+def own_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration folder of the test's own, with one value that is free and one that must be given."""
+    (tmp_path / "demo.yaml").write_text("defaults: [_self_]\nspeed: 1\nneeded: ???\nhydra: {output_subdir: null}\n")
+    (tmp_path / "train.yaml").write_text("{}\n")
+    monkeypatch.setattr(cli, "config_dir", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """Run an entry point whose function rejects speed=2 and reads the value that must be given."""
+
+    @cli.entry("demo")
+    def main(cfg: object) -> None:
+        if cfg.speed == 2:  # type: ignore[attr-defined]
+            raise UserError("speed: found 2; choose another")
+        print("needed", cfg.needed)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(sys, "argv", ["demo", *arguments])
+    main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("speed=2",), "error: speed: found 2; choose another"),
+        ((), "error: configuration: Missing mandatory value: needed"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(own_conf, monkeypatch, capsys, arguments, message) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *arguments)
+    assert stopped.value.code == cli.USER_ERROR_EXIT_CODE
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(message)
+
+
+def test_misspelled_option_is_named_without_a_stack(own_conf, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, "sped=3")
+    assert stopped.value.code != 0
+    error = capsys.readouterr().err
+    assert "sped" in error
+    assert "Traceback" not in error
+
+
+def test_a_users_own_config_folder_adds_to_the_shipped_one(own_conf, monkeypatch, capsys, tmp_path) -> None:
+    (tmp_path / "mine" / "extra").mkdir(parents=True)
+    (tmp_path / "mine" / "extra" / "fast.yaml").write_text("# @package _global_\nneeded: from my folder\n")
+    run(monkeypatch, "--config-dir", str(tmp_path / "mine"), "+extra=fast")
+    assert "needed from my folder" in capsys.readouterr().out
+
+
+def test_unknown_command_lists_the_known_ones(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["dtvla", "trian"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    error = capsys.readouterr().err
+    assert "trian" in error
+    assert "train" in error
+
+
+def test_broken_installation_is_named(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "dtvla" / "cli.py"))
+    with pytest.raises(UserError, match="install dtvla again"):
+        cli.config_dir()
