@@ -7,9 +7,9 @@ PY   := $(VENV)/bin/python
 
 # make quickstart: what is learnt, and where the results go
 SUITE    ?= libero_object
-TASK     ?= 0
+TASK     ?= 1
 EPISODES ?= 50
-OUT      ?= outputs/quickstart$(if $(filter-out libero_object-0,$(SUITE)-$(TASK)),-$(SUITE)-$(TASK))
+OUT      ?= outputs/quickstart$(if $(filter-out libero_object-1,$(SUITE)-$(TASK)),-$(SUITE)-$(TASK))
 
 # make test: what pytest gets, e.g. make test TESTS=tests/policy PYTEST="-x -k attention"
 TESTS  ?= tests

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtvla.cli import entry
+from dtvla.cli import command_line, entry
 from dtvla.errors import UserError
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def collection_record(request: CollectionRequest, sources: list[EpisodeSource], 
             phases[phase] += duration
     attempts = {task: sum(1 + s.attempt for s in sources if s.task_id == task) for task in request.task_ids}
     return {
+        "command": command_line("collect"),
         "request": request.to_dict(),
         "episodes": len(sources),
         "attempts": sum(attempts.values()),

@@ -81,7 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--began", type=float, default=time.time(), help="when set-up began (seconds since 1970)")
     parser.add_argument("--suite", default="libero_object")
-    parser.add_argument("--task", type=int, default=0)
+    parser.add_argument("--task", type=int, default=1)
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"))
     options = parser.parse_args()

@@ -100,7 +100,8 @@ install_packages() { # arguments: uv or nothing, then the arguments of "pip inst
   local uv=$1
   shift
   if [[ -n $uv ]]; then
-    "$uv" pip install --quiet --python "$VENV/bin/python" "$@"
+    # Compiled once here: uv leaves that to the first import, which a machine with PYTHONDONTWRITEBYTECODE repeats for ever.
+    "$uv" pip install --quiet --compile-bytecode --python "$VENV/bin/python" "$@"
   else
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
   fi || fail "the installation stopped (see above); run the same command again, it continues"

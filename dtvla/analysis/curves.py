@@ -5,8 +5,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dtvla.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Series = dict[str, tuple[list[int], list[float]]]  # metric -> (steps, values)
 
@@ -91,7 +95,7 @@ def _select(series: Mapping[str, tuple[list[int], list[float]]], metric: str) ->
     return [(name, name.split("/")[0]) for name in series if name.split("/", 1)[-1] == metric]
 
 
-def _draw_panel(axes, panel: Panel, series: Mapping[str, tuple[list[int], list[float]]]) -> None:  # type: ignore[no-untyped-def]
+def _draw_panel(axes: "Axes", panel: Panel, series: Mapping[str, tuple[list[int], list[float]]]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     for number, metric in enumerate(panel.metrics):

@@ -46,8 +46,10 @@ _TEMPLATES = {
 PHASES = tuple(_TEMPLATES)
 """Phases of the expert that have a thought."""
 
-_RECOVERY = "the {item} is not in the gripper and is now {where}. the {target} is {there}. the grasp failed. " \
+_RECOVERY = (
+    "the {item} is not in the gripper and is now {where}. the {target} is {there}. the grasp failed. "
     "next, open the gripper and move above the {item} again."
+)
 
 
 def narrate(phase: str, scene: _Scene, goal: _Goal, *, recovering: bool = False) -> str:
@@ -64,8 +66,11 @@ def narrate(phase: str, scene: _Scene, goal: _Goal, *, recovering: bool = False)
     item, target = spoken(goal.item), spoken(goal.target)
     template = _RECOVERY if recovering and phase == "reach" else _TEMPLATES[phase]
     text = template.format(
-        item=item, target=target, where=place_words(scene.position(goal.item)),
-        there=place_words(scene.position(goal.target)), onto="into" if goal.predicate == "in" else "onto",
+        item=item,
+        target=target,
+        where=place_words(scene.position(goal.item)),
+        there=place_words(scene.position(goal.target)),
+        onto="into" if goal.predicate == "in" else "onto",
     )
     violations = check_thought(text, [item, target])
     assert not violations, (text, violations)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from dtvla import __version__
+from dtvla.cli import command_line
 from dtvla.errors import UserError
 from dtvla.learning.run_folder import RunFolder
 
@@ -180,6 +181,7 @@ def _result(
     return {
         "format": "dtvla.training",
         "version": 1,
+        "command": command_line("train"),
         "name": str(cfg.name),
         "steps": steps,
         "parameters": _parameters(module),

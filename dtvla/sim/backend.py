@@ -78,8 +78,9 @@ def import_libero() -> ModuleType:
         try:
             return importlib.import_module("libero.libero.envs")
         except ImportError as error:
-            raise UserError(f"libero: the simulator can't be imported ({error}); reinstall dtvla's pinned packages"
-                            ) from error
+            raise UserError(
+                f"libero: the simulator can't be imported ({error}); reinstall dtvla's pinned packages"
+            ) from error
 
 
 def _preset_robosuite_macros() -> None:
@@ -98,8 +99,11 @@ def _preset_robosuite_macros() -> None:
     assert spec.loader is not None
     macros = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(macros)
-    settings = {"FILE_LOGGING_LEVEL": None, "CONSOLE_LOGGING_LEVEL": "ERROR",
-                "CACHE_NUMBA": os.access(folder / "utils", os.W_OK)}  # else numba caches below the home folder
+    settings = {
+        "FILE_LOGGING_LEVEL": None,
+        "CONSOLE_LOGGING_LEVEL": "ERROR",
+        "CACHE_NUMBA": os.access(folder / "utils", os.W_OK),
+    }  # else numba caches below the home folder
     for key, value in settings.items():
         setattr(macros, key, value)
     sys.modules["robosuite.macros"] = macros

@@ -89,8 +89,10 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
         """
         index = int((options or {}).get("init_state", 0))
         if not 0 <= index < len(self.init_states_NS):
-            raise UserError(f"init_states: {index} is not an init state of {self.task.suite} task {self.task.task_id}; "
-                            f"use 0 to {len(self.init_states_NS) - 1}")
+            raise UserError(
+                f"init_states: {index} is not an init state of {self.task.suite} task {self.task.task_id}; "
+                f"use 0 to {len(self.init_states_NS) - 1}"
+            )
         super().reset(seed=seed)
         with _global_seed(0 if seed is None else seed):
             self._soft_reset()
@@ -177,8 +179,11 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
 
         with _global_seed(0):
             libero = ControlEnv(
-                bddl_file_name=str(self.task.bddl_file), use_camera_obs=False, has_offscreen_renderer=False,
-                ignore_done=True, hard_reset=False,
+                bddl_file_name=str(self.task.bddl_file),
+                use_camera_obs=False,
+                has_offscreen_renderer=False,
+                ignore_done=True,
+                hard_reset=False,
             )
         domain = libero.env
         self._watch(domain)

@@ -29,8 +29,9 @@ _HOME_YAW = -np.pi / 2
 _NOISE = 0.2
 _SLIP_SHARE = 0.12
 _HOVER_M = 0.07  # height above the grasp at which the hand arrives
-_FUNNEL_M = (0.008, 0.035)  # distance from the axis within which the hand is all the way down, and still all the way up
-_AT_M = 0.007
+_FUNNEL_EDGE_M = 0.035  # distance from the vertical axis from which on the hand stays all the way up
+_TOLERANCE_M = (0.007, 0.012)  # least and greatest distance from the axis at which a grasp is begun
+_PLACE_TOLERANCE_M = 0.008
 _LIFTED_M = 0.04
 _DROPPED_M = 0.03
 _EXTENSION_M = 0.685  # of the arm, see Scene.reachable
@@ -140,9 +141,9 @@ class Expert:
         offset = self._grasp.position - self.scene.grip_position
         aligned = abs(turn(self._grasp.yaw, self.scene.grip_yaw)) < 0.1
         distance = float(np.linalg.norm(offset[:2]))
-        if aligned and distance < _AT_M and abs(offset[2]) < 0.008:
+        if aligned and distance < self._tolerance and abs(offset[2]) < 0.008:
             return "grasp"
-        return "lower" if aligned and distance < _FUNNEL_M[1] else "reach"
+        return "lower" if aligned and distance < _FUNNEL_EDGE_M else "reach"
 
     def _transport_phase(self) -> Phase:
         scene = self.scene
@@ -174,10 +175,14 @@ class Expert:
         self._floor = float(scene.points(item)[:, 2].min())
         choices: list[Grasp] = []
         for grasp in plan_grasps(scene, item, _HOME_YAW):
-            if all(abs(turn(grasp.yaw, other.yaw)) > 0.35 or
-                   np.linalg.norm(grasp.position - other.position) > 0.03 for other in choices):
+            if all(
+                abs(turn(grasp.yaw, other.yaw)) > 0.35 or np.linalg.norm(grasp.position - other.position) > 0.03
+                for other in choices
+            ):
                 choices.append(grasp)
         self._grasp = choices[self.attempts % min(len(choices), 4)]
+        # Something narrow may be gripped off centre; asking for no more makes an easier example to imitate.
+        self._tolerance = float(np.clip(0.65 * self._grasp.play, *_TOLERANCE_M))
 
     # -- where to go -------------------------------------------------------------------------------------------------
 
@@ -186,7 +191,7 @@ class Expert:
         here, grasp = self.scene.grip_position, self._grasp
         if self.phase in ("reach", "lower"):
             misaligned = 0.05 * abs(turn(grasp.yaw, self.scene.grip_yaw))
-            return self._funnel(grasp.position, _HOVER_M, misaligned), grasp.yaw, OPEN
+            return self._funnel(grasp.position, _HOVER_M, misaligned, self._tolerance), grasp.yaw, OPEN
         if self.phase == "grasp":
             return grasp.position, grasp.yaw, CLOSE
         if self.phase == "lift":
@@ -198,18 +203,21 @@ class Expert:
             return place.position, grasp.yaw, OPEN
         return np.array([*here[:2], here[2] + 0.1]), grasp.yaw, OPEN
 
-    def _funnel(self, goal: np.ndarray, hover: float, misaligned: float) -> np.ndarray:
-        """Go down only as far as the hand is near the vertical axis through the goal and turned the right way."""
+    def _funnel(self, goal: np.ndarray, hover: float, misaligned: float, inner: float) -> np.ndarray:
+        """Go down only as far as the hand is near the vertical axis through the goal and turned the right way.
+
+        Within ``inner`` of the axis the hand is all the way down, from the funnel's edge on it stays all the way up.
+        """
         distance = float(np.linalg.norm(goal[:2] - self.scene.grip_position[:2])) + misaligned
-        inner, outer = _FUNNEL_M
+        outer = _FUNNEL_EDGE_M
         return goal + np.array([0.0, 0.0, hover * np.clip((distance - inner) / (outer - inner), 0.0, 1.0)])
 
     def _over_obstacles(self, place: Placement) -> np.ndarray:
         """Travel at the placement's clearance height: rise before moving sideways, come down over the target."""
         here = self.scene.grip_position
-        target = self._funnel(place.position, place.clearance - place.position[2], 0.0)
+        target = self._funnel(place.position, place.clearance - place.position[2], 0.0, _PLACE_TOLERANCE_M)
         missing = place.clearance - here[2]
-        near = float(np.linalg.norm(target[:2] - here[:2])) < _FUNNEL_M[1]
+        near = float(np.linalg.norm(target[:2] - here[:2])) < _FUNNEL_EDGE_M
         share = 1.0 if near else float(np.clip(1.0 - (missing - 0.03) / 0.05, 0.0, 1.0))
         target[:2] = here[:2] + share * (target[:2] - here[:2])
         return target

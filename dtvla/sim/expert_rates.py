@@ -66,8 +66,11 @@ def main() -> None:
             env = LiberoEnv(suite, task_id, render="none")
             rate = measure(env, arguments.episodes, seed=arguments.seed, noise=arguments.noise)
             env.close()
-            print(f"| {suite} | {task_id} | {env.task.instruction} | {rate.successes}/{rate.episodes} "
-                  f"| {rate.steps:.0f} | {rate.retries:.1f} | {rate.seconds:.1f} |", flush=True)
+            print(
+                f"| {suite} | {task_id} | {env.task.instruction} | {rate.successes}/{rate.episodes} "
+                f"| {rate.steps:.0f} | {rate.retries:.1f} | {rate.seconds:.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ class Grasp:
     width: float
     cost: float
 
+    @property
+    def play(self) -> float:
+        """Free space in m on either side of the object between the open fingers."""
+        return (OPEN_GAP_M - self.width) / 2
+
 
 def turn(yaw: float, reference: float) -> float:
     """The rotation in [-pi/2, pi/2) that takes the fingers from ``reference`` to ``yaw`` (fingers are symmetric)."""

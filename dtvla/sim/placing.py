@@ -42,9 +42,7 @@ def _is_bowl(name: str) -> bool:
     return "bowl" in name
 
 
-def _highest_on_the_way(
-    scene: Scene, goal: Goal, start_2: np.ndarray, end_2: np.ndarray, support: str | None
-) -> float:
+def _highest_on_the_way(scene: Scene, goal: Goal, start_2: np.ndarray, end_2: np.ndarray, support: str | None) -> float:
     """Highest point of other objects within a corridor around the straight way."""
     way = end_2 - start_2
     length = max(float(np.linalg.norm(way)), 1e-6)

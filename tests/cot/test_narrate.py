@@ -52,9 +52,14 @@ def test_a_thought_stays_while_things_move_a_little() -> None:
 
 def test_objects_are_called_what_people_call_them() -> None:
     names = {
-        "akita_black_bowl_1": "black bowl", "basket_1_contain_region": "basket", "flat_stove_1_cook_region": "stove",
-        "wooden_cabinet_1_top_side": "cabinet", "wine_rack_1_top_region": "wine rack", "cream_cheese_1": "cream cheese",
-        "glazed_rim_porcelain_ramekin_1": "ramekin", "alphabet_soup_1": "alphabet soup",
+        "akita_black_bowl_1": "black bowl",
+        "basket_1_contain_region": "basket",
+        "flat_stove_1_cook_region": "stove",
+        "wooden_cabinet_1_top_side": "cabinet",
+        "wine_rack_1_top_region": "wine rack",
+        "cream_cheese_1": "cream cheese",
+        "glazed_rim_porcelain_ramekin_1": "ramekin",
+        "alphabet_soup_1": "alphabet soup",
     }
     assert {name: spoken(name) for name in names} == names
 

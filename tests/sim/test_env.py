@@ -62,9 +62,7 @@ def same(first: Any, second: Any) -> bool:
     return bool(data_equivalence(first, second, exact=True))
 
 
-def test_equals_plain_libero_bit_for_bit(
-    full: LiberoEnv, plain: dict[str, np.ndarray], actions: np.ndarray
-) -> None:
+def test_equals_plain_libero_bit_for_bit(full: LiberoEnv, plain: dict[str, np.ndarray], actions: np.ndarray) -> None:
     observation, _ = full.reset(options={"init_state": INIT})
     for step in range(STEPS + 1):
         if step > 0:
@@ -196,8 +194,13 @@ assert "torch" not in sys.modules, "torch was imported"
     dropped = ("MPLCONFIGDIR", "MUJOCO_GL", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
     environment = {key: value for key, value in os.environ.items() if key not in dropped}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
-        cwd=tmp_path, env=environment | {"HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])},
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+        cwd=tmp_path,
+        env=environment | {"HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(home.rglob("*")) == []
