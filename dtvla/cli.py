@@ -6,6 +6,7 @@ points inside their task functions, so ``--help`` and misspelled options answer 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import shlex
@@ -44,7 +45,8 @@ def config_dir() -> Path:
 def entry(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     """Make a command-line entry point of a function that takes the composed configuration.
 
-    The configuration is ``conf/<config_name>.yaml``. Users add a folder of their own with Hydra's ``--config-dir``.
+    The configuration is ``conf/<config_name>.yaml``. A folder of the user's own (``--config-dir``) is searched first, so
+    its files add to the shipped ones and win over those of the same name.
     A :class:`UserError` and a missing or mistyped value end the process with one line and exit code 2. In a
     multirun the first such error ends the sweep.
 
@@ -73,15 +75,35 @@ def entry(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], Non
             import hydra
 
             try:
-                folder = str(config_dir())
+                folder = _put_users_folder_first(config_dir())
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 raise SystemExit(USER_ERROR_EXIT_CODE) from None
-            hydra.main(version_base="1.3", config_path=folder, config_name=config_name)(task)()
+            hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
 
         return run
 
     return decorate
+
+
+def _put_users_folder_first(shipped: Path) -> Path:
+    """Return the folder that Hydra searches first, and let ``--config-dir`` name the other one.
+
+    Hydra itself searches ``--config-dir`` last, where it can add files but not replace any.
+
+    Raises:
+        UserError: the user's folder does not exist.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    options, others = parser.parse_known_args(sys.argv[1:])
+    if options.config_dir is None:
+        return shipped
+    own = Path(options.config_dir).expanduser().resolve()
+    if not own.is_dir():
+        raise UserError(f"--config-dir: {own} is not a folder; name the folder that holds your configuration files")
+    sys.argv[1:] = ["--config-dir", str(shipped), *others]
+    return own
 
 
 def command_line(name: str) -> str | None:

@@ -64,6 +64,24 @@ def test_a_users_own_config_folder_adds_to_the_shipped_one(own_conf, monkeypatch
     assert "needed from my folder" in capsys.readouterr().out
 
 
+def test_a_users_own_file_wins_over_the_shipped_one_of_the_same_name(
+    own_conf, monkeypatch, capsys, tmp_path
+) -> None:
+    (tmp_path / "size").mkdir()
+    (tmp_path / "mine" / "size").mkdir(parents=True)
+    (tmp_path / "size" / "nano.yaml").write_text("# @package _global_\nneeded: shipped\n")
+    (tmp_path / "mine" / "size" / "nano.yaml").write_text("# @package _global_\nneeded: mine\n")
+    run(monkeypatch, "+size=nano")
+    run(monkeypatch, f"--config-dir={tmp_path / 'mine'}", "+size=nano")
+    assert capsys.readouterr().out.split("\n")[:2] == ["needed shipped", "needed mine"]
+
+
+def test_a_missing_config_folder_is_named(own_conf, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--config-dir", "nowhere", "needed=1")
+    assert "nowhere is not a folder" in capsys.readouterr().err
+
+
 def test_unknown_command_lists_the_known_ones(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["dtvla", "trian"])
     with pytest.raises(SystemExit):
