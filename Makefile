@@ -6,10 +6,10 @@ VENV ?= .venv
 PY   := $(VENV)/bin/python
 
 # make quickstart: what is learnt, and where the results go
-SUITE    ?= libero_object
+SUITE    ?= libero_goal
 TASK     ?= 1
-EPISODES ?= 50
-OUT      ?= outputs/quickstart$(if $(filter-out libero_object-1,$(SUITE)-$(TASK)),-$(SUITE)-$(TASK))
+EPISODES ?= 100
+OUT      ?= outputs/quickstart$(if $(filter-out libero_goal-1,$(SUITE)-$(TASK)),-$(SUITE)-$(TASK))
 
 # make test: what pytest gets, e.g. make test TESTS=tests/policy PYTEST="-x -k attention"
 TESTS  ?= tests

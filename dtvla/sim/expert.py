@@ -107,7 +107,7 @@ class Expert:
         target = scene.reachable(target, _EXTENSION_M)
         action = servo(scene.grip_position, scene.grip_rotation, target, turn(yaw, scene.grip_yaw), gripper)
         executed = self._disturb(
-            action, free=self.phase in ("reach", "carry"), carrying=self.phase in ("lift", "carry")
+            action, free=self.phase in ("reach", "lower", "carry"), carrying=self.phase in ("lift", "carry")
         )
         self._last_gap = scene.gap
         thought = narrate(self.phase, scene, self.goal, recovering=self.attempts > 0)
