@@ -64,9 +64,7 @@ def test_a_users_own_config_folder_adds_to_the_shipped_one(own_conf, monkeypatch
     assert "needed from my folder" in capsys.readouterr().out
 
 
-def test_a_users_own_file_wins_over_the_shipped_one_of_the_same_name(
-    own_conf, monkeypatch, capsys, tmp_path
-) -> None:
+def test_a_users_own_file_wins_over_the_shipped_one_of_the_same_name(own_conf, monkeypatch, capsys, tmp_path) -> None:
     (tmp_path / "size").mkdir()
     (tmp_path / "mine" / "size").mkdir(parents=True)
     (tmp_path / "size" / "nano.yaml").write_text("# @package _global_\nneeded: shipped\n")
