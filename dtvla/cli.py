@@ -46,8 +46,8 @@ def entry(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], Non
     """Make a command-line entry point of a function that takes the composed configuration.
 
     The configuration is ``conf/<config_name>.yaml``. A folder of the user's own (``--config-dir``) is searched first:
-    its files add to the shipped ones and win over those of the same name. A :class:`UserError` and a missing or mistyped value end the process with one line and exit code 2. In a
-    multirun the first such error ends the sweep.
+    its files add to the shipped ones and win over those of the same name. A :class:`UserError` and a missing or
+    mistyped value end the process with one line and exit code 2. In a multirun the first such error ends the sweep.
 
     Args:
         config_name: name of the primary configuration, without ``.yaml``.
