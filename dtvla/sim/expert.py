@@ -106,9 +106,9 @@ class Expert:
         scene = self.scene
         target = scene.reachable(target, _EXTENSION_M)
         action = servo(scene.grip_position, scene.grip_rotation, target, turn(yaw, scene.grip_yaw), gripper)
-        executed = self._disturb(
-            action, free=self.phase in ("reach", "lower", "carry"), carrying=self.phase in ("lift", "carry")
-        )
+        roomy = self._tolerance >= _TOLERANCE_M[1]  # a push on the way down would topple what fills the fingers
+        free = self.phase in ("reach", "carry") or (self.phase == "lower" and roomy)
+        executed = self._disturb(action, free=free, carrying=self.phase in ("lift", "carry"))
         self._last_gap = scene.gap
         thought = narrate(self.phase, scene, self.goal, recovering=self.attempts > 0)
         return Act(action, executed, thought, self.phase)
