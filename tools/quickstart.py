@@ -80,10 +80,11 @@ def main() -> int:
     """Run the phases; stop at the first that fails and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--began", type=float, default=time.time(), help="when set-up began (seconds since 1970)")
-    parser.add_argument("--suite", default="libero_goal")
-    parser.add_argument("--task", type=int, default=1)
-    parser.add_argument("--episodes", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"))
+    # What is learnt by default stands in the Makefile alone.
+    parser.add_argument("--suite", required=True)
+    parser.add_argument("--task", type=int, required=True)
+    parser.add_argument("--episodes", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     seconds = {"set-up": time.time() - options.began}
