@@ -24,6 +24,8 @@ COMMANDS = {
     "train": "fine-tune a policy, e.g. +experiment=libero_cot_sft",
     "evaluate": "run a checkpoint in LIBERO: success rates with intervals, videos with thoughts",
     "report": "write a report of a training run and its evaluations",
+    "export": "write a checkpoint in the published or in dtvla's format, with adapters merged; push it to a hub",
+    "benchmark": "measure: latency, throughput",
 }
 USER_ERROR_EXIT_CODE = 2
 INTERRUPT_EXIT_CODE = 130

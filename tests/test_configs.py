@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from dtvla.cli import config_dir
 
 CONF = config_dir()
-TRAIN_GROUPS = ("model", "data", "env", "cot", "algorithm", "trainer", "callbacks", "logger")
+GROUPS = "model model/decoder model/lora data env cot algorithm compat trainer callbacks logger"
 
 
 def options(group: str) -> list[str]:
@@ -32,7 +32,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("group", TRAIN_GROUPS)
+@pytest.mark.parametrize("group", GROUPS.split())
 def test_every_option_of_every_group_composes_and_resolves(group: str) -> None:
     assert options(group)
     for option in options(group):
@@ -56,6 +56,14 @@ def test_the_published_recipe_has_the_published_values() -> None:
     assert (optimizer.clip, optimizer.warmup_steps, optimizer.min_ratio) == (1.0, 1000, 0.1)
     assert (cfg.trainer.max_steps, cfg.seed, cfg.data.batch_size) == (150_005, 429, 128)
     assert cfg.algorithm.loss.action_smoothing_bins == 0
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_decoder_and_adapter_are_chosen_apart_from_the_model(model: str) -> None:
+    plain, other = composed(f"model={model}").model, composed(f"model={model}", "model/decoder=autoregressive").model
+    assert (plain.decoder, plain.lora) == ("hybrid", None)
+    assert (other.decoder, other.slot_embedding) == ("autoregressive", False)
+    assert {key for key in plain if plain[key] != other[key]} <= {"decoder", "slot_embedding"}
 
 
 def test_every_value_of_the_recipe_can_be_overridden() -> None:

@@ -142,9 +142,9 @@ def test_a_wrong_setting_is_one_clear_message(
 
 
 def test_a_folder_without_a_policy_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"checkpoint: {tmp_path / 'no'} is not a folder"):
+    with pytest.raises(UserError, match=f"checkpoint: no folder {tmp_path / 'no'}"):
         make_plan(config(tmp_path / "no"))
-    with pytest.raises(UserError, match=f"checkpoint: {tmp_path} has no policy.json"):
+    with pytest.raises(UserError, match=f"checkpoint {tmp_path}: an empty folder"):
         make_plan(config(tmp_path))
     with pytest.raises(UserError, match="checkpoint: none was given; add checkpoint=FOLDER"):
         make_plan(config(Path("???")))

@@ -119,6 +119,7 @@ class LiberoRollouts(Callback):
                     specs,
                     self._pool,
                     CotMode.from_config(self.cot),
+                    batch_size=1 if policy.model.pads_visible else None,
                     on_result=lambda _: bar.update(1) if bar else None,
                     video_dir=self.folder / f"step-{trainer.global_step:07d}",
                 )
@@ -169,7 +170,14 @@ class _Interruptible:
     def __init__(self, policy: Policy, trainer: Trainer) -> None:
         self.policy, self.trainer = policy, trainer
 
-    def act(self, observations: Sequence[Mapping[str, Any]], cot: CotMode, *, seeds: Sequence[int]) -> list[Decision]:
+    def act(
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        cot: CotMode,
+        *,
+        seeds: Sequence[int],
+        drafts: Sequence[Sequence[int]] | None = None,
+    ) -> list[Decision]:
         if self.trainer.received_sigterm:
             raise _Stopped
-        return self.policy.act(observations, cot, seeds=seeds)
+        return self.policy.act(observations, cot, seeds=seeds, drafts=drafts)

@@ -91,13 +91,17 @@ def _open_inputs(cfg: DictConfig) -> DemonstrationDataModule:
     """
     from hydra.utils import instantiate
 
-    from dtvla.policy.build import find_checkpoint
+    from dtvla.policy.hub import locate
 
     data: DemonstrationDataModule = instantiate(cfg.data)
     problems: list[str] = []
-    if cfg.model.checkpoint:
-        problems += _problem(lambda: find_checkpoint(str(cfg.model.checkpoint)))
+    if cfg.model.get("lora") and not cfg.model.checkpoint:
+        problems.append(
+            "model.lora: adapts a trained model, but model.checkpoint is null; set it, or use model/lora=none"
+        )
     problems += _problem(lambda: data.demonstrations)
+    if cfg.model.checkpoint:  # nothing is downloaded for a run that can't begin
+        problems += _problem(lambda: locate(str(cfg.model.checkpoint), download=not problems))
     if problems:
         raise UserError("; and ".join(problems))
     return data
@@ -114,11 +118,14 @@ def _problem(check: Callable[[], object]) -> list[str]:
 def _module(cfg: DictConfig, data: DemonstrationDataModule, start_step: int) -> SFTModule:
     from dtvla.learning.optim import OptimizerSettings
     from dtvla.learning.sft import SFTModule
+    from dtvla.policy import compat
     from dtvla.policy.policy import build_policy
+    from dtvla.policy.quantization import count
 
     demonstrations = data.demonstrations
     print(f"data: {demonstrations.root}, {demonstrations.episodes} episodes, {len(demonstrations)} frames")
     policy = build_policy(_plain(cfg.model), demonstrations.texts(), demonstrations.statistics)
+    compat.apply(policy, compat.Compat.from_config(_plain(cfg.compat)))
     data.attach(policy.processor, start_step)
     algorithm = _plain(cfg.algorithm)
     optimizer = {**algorithm["optimizer"], "betas": tuple(algorithm["optimizer"]["betas"])}
@@ -130,7 +137,8 @@ def _module(cfg: DictConfig, data: DemonstrationDataModule, start_step: int) -> 
         micro_batch_size=algorithm["micro_batch_size"],
         action_smoothing_bins=float(algorithm["loss"]["action_smoothing_bins"]),
     )
-    print(f"model: {cfg.model.name}, {_parameters(module) / 1e6:.1f} M parameters")
+    sizes = f"{count(module.model) / 1e6:.1f} M parameters, {count(module.model, trainable=True) / 1e6:.1f} M trained"
+    print(f"model: {cfg.model.name}, {sizes}")
     return module
 
 
@@ -178,13 +186,15 @@ def _result(
     import torch
     import transformers
 
+    from dtvla.policy.quantization import count
+
     return {
         "format": "dtvla.training",
         "version": 1,
         "command": command_line("train"),
         "name": str(cfg.name),
         "steps": steps,
-        "parameters": _parameters(module),
+        "parameters": count(module.model),
         "seconds_since_last_start": round(seconds, 1),
         "metrics": metrics,
         "versions": {
@@ -218,10 +228,6 @@ def _job_name(overrides: Sequence[str]) -> str:
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
-
-
-def _parameters(module: SFTModule) -> int:
-    return sum(parameter.numel() for parameter in module.model.parameters())
 
 
 def _quiet() -> None:

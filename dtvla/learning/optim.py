@@ -16,8 +16,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dtvla.errors import UserError
+from dtvla.policy.adapters import PARTS, is_adapter, part_of
 
-PARTS = ("language_model", "vision_tower", "projector")
 PUBLISHED_LR = {"language_model": 2.5e-5, "vision_tower": 5e-6, "projector": 2.5e-6}
 
 
@@ -92,20 +92,23 @@ def warmup_cosine(warmup_steps: int, total_steps: int, min_ratio: float) -> Call
     return ratio
 
 
-def part_of(parameter_name: str) -> str:
-    """Return which of :data:`PARTS` a parameter of the model belongs to (embeddings and head: language model)."""
-    if "vision_tower" in parameter_name:
-        return "vision_tower"
-    if "multi_modal_projector" in parameter_name:
-        return "projector"
-    return "language_model"
-
-
 def freeze_parts(model: nn.Module, settings: OptimizerSettings) -> None:
-    """Switch gradients off for the parts whose learning rate is 0, so that they cost no memory."""
+    """Switch gradients off for the parts whose learning rate is 0, so that they cost no memory.
+
+    Raises:
+        UserError: a part that has an adapter would be frozen, or nothing is left to train.
+    """
     for name, parameter in model.named_parameters():
-        if settings.lr[part_of(name)] == 0:
+        part = part_of(name)
+        if settings.lr[part] == 0 and parameter.requires_grad:
+            if is_adapter(name):
+                raise UserError(f"algorithm.optimizer.lr.{part}: 0, but model.lora.parts names it; change one")
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            "training: no weight is left to train; model.freeze, rates of 0 in algorithm.optimizer.lr and "
+            "model.quantize without model.lora hold weights still"
+        )
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:

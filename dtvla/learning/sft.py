@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from dtvla.errors import UserError
 from dtvla.learning.metrics import TokenMetrics
 from dtvla.learning.optim import OptimizerSettings, build_optimizer, freeze_parts, gradient_norm
+from dtvla.policy.adapters import has_adapter, is_adapter
 from dtvla.policy.layout import Batch, Segment
 from dtvla.policy.loss import LossSums, sft_loss
 from dtvla.policy.model import supervised_positions
@@ -57,7 +59,7 @@ class SFTModule(LightningModule):
             action_smoothing_bins: see :func:`dtvla.policy.loss.sft_loss`; training only.
 
         Raises:
-            UserError: a setting is out of range.
+            UserError: a setting is out of range, or nothing is left to train.
         """
         super().__init__()
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -76,6 +78,7 @@ class SFTModule(LightningModule):
         self.val_metrics = TokenMetrics(policy.processor.normalizer)
         self.validated_step = -1
         freeze_parts(self.model, optimizer)
+        self.strict_loading = not has_adapter(self.model)  # checkpoints of an adapted model hold the adapter only
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule over ``trainer.max_steps``."""
@@ -132,18 +135,35 @@ class SFTModule(LightningModule):
         self.validated_step = self.global_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the data, tokenizer, statistics and image pipeline that the weights were trained with."""
+        """Remember what the weights were trained with: data, tokenizer, statistics, pictures, an adapter's base."""
         checkpoint[FINGERPRINTS] = self._fingerprints()
+        if has_adapter(self.model):
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: weights[name] for name in weights if is_adapter(name)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to continue on other data; :class:`UserError`."""
-        if checkpoint.get(FINGERPRINTS) != self._fingerprints():
+        """Refuse to continue on other data or another base model; :class:`UserError`."""
+        before, now = checkpoint.get(FINGERPRINTS, {}), self._fingerprints()
+        if before.get("base") != now.get("base"):
+            raise UserError(
+                "resume: the model in model.checkpoint changed since this run began; restore it, or train under "
+                "another name=..."
+            )
+        if before != now:
             raise UserError(
                 "resume: the dataset changed since this run began; restore it, or train under another name=..."
             )
 
     def _fingerprints(self) -> dict[str, str]:
-        return {"data": self.data_fingerprint, "processor": processor_digest(self.policy.processor)}
+        values = {"data": self.data_fingerprint, "processor": processor_digest(self.policy.processor)}
+        return {**values, "base": self._base_digest} if has_adapter(self.model) else values
+
+    @cached_property
+    def _base_digest(self) -> str:
+        """Of the weights that an adapted model keeps: exact sums of their bits as integers, which take little time."""
+        kept = [(name, weight) for name, weight in self.model.named_parameters() if not is_adapter(name)]
+        sums = {name: int(_as_integers(weight.detach()).sum(dtype=torch.int64)) for name, weight in kept}
+        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
     def _loss(self, batch: Batch, smoothing: float) -> LossSums:
         return sft_loss(self.model, batch, self.policy.processor.layout.bins, action_smoothing_bins=smoothing)
@@ -175,3 +195,8 @@ def processor_digest(processor: Processor) -> str:
         "normalizer": processor.normalizer.to_dict(),
     }
     return hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _as_integers(weight: Tensor) -> Tensor:
+    types = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return weight.contiguous().view(types[weight.element_size()])

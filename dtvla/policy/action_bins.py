@@ -68,6 +68,13 @@ class ActionBins:
         interval = bins if self.mode == "published" else bins - 1
         return ((interval.clamp(0, self.count - 2).double() + 0.5) * self.width - 1.0).float()
 
+    def most_likely(self, logits_K: Tensor) -> Tensor:
+        """Most likely bins (...) of logits (..., count) in the order of the bins.
+
+        Of equal ones, which bfloat16 has often, the highest: its id is the lowest, which the published code takes.
+        """
+        return self.count - 1 - logits_K.flip(-1).argmax(-1)
+
     def band(self, logits_V: Tensor) -> Tensor:
         """Columns (..., count) of logits (..., vocabulary) in the order of the bins: column k is bin k."""
         return logits_V[..., self.first_id : self.last_id + 1].flip(-1)

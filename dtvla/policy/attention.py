@@ -14,16 +14,24 @@ One row of a batch (P prefix: images, bos and prompt; T thought; A action block;
            A          x x x  x x x  x x x
 
 Padding is seen by nobody. So padding and batch-mates never change a result, a thought depends on no action, and the
-keys and values of prefix and thought can be cached and reused by the action block exactly.
+keys and values of prefix and thought can be cached and reused by the action block exactly. :class:`Rule` has the two
+departures from this table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -37,36 +45,57 @@ class Segment(IntEnum):
     PAD = 3
 
 
-def _may_see(query: Tensor, key: Tensor, query_segment: Tensor, key_segment: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Rule:
+    """How a model departs from the table.
+
+    Attributes:
+        causal_actions: the action block sees its own past only, as the thought does; for autoregressive decoders.
+        pads_visible: every position of a row sees the row's padding, and positions count on through it. That is what
+            DeepThinkVLA does wherever a batch mixes lengths (``sft/modeling_deepthinkvla.py``: the columns of
+            token type 0, which padding has too, are opened after padding was masked); a row without padding is the
+            same either way.
+    """
+
+    causal_actions: bool = False
+    pads_visible: bool = False
+
+
+HYBRID = Rule()
+
+
+def _may_see(query: Tensor, key: Tensor, query_segment: Tensor, key_segment: Tensor, rule: Rule) -> Tensor:
     """The rule for positions and segments of any broadcastable shapes, within one sample."""
-    ahead_or_self = (key <= query) | (key_segment == Segment.PREFIX) | (query_segment == Segment.ACT)
-    return (key_segment != Segment.PAD) & ahead_or_self
+    seen = (key <= query) | (key_segment == Segment.PREFIX)
+    if not rule.causal_actions:
+        seen = seen | (query_segment == Segment.ACT)
+    pad = key_segment == Segment.PAD
+    return seen | pad if rule.pads_visible else seen & ~pad
 
 
-def visible(segment_BT: Tensor, sample_BT: Tensor | None = None, first_query: int = 0) -> Tensor:
+def visible(segment_BT: Tensor, sample_BT: Tensor | None = None, rule: Rule = HYBRID) -> Tensor:
     """The dense mask: True where the query (rows) may see the key (columns).
 
     Args:
-        segment_BT: :class:`Segment` values.
+        segment_BT: :class:`Segment` values; padding is on the right.
         sample_BT: for packed rows, which sample a position belongs to; None when each row is one sample.
-        first_query: return only the rows from this position on (the keys before it are cached).
+        rule: departures from the table.
 
     Returns:
-        bool (B, T - first_query, T).
+        bool (B, T, T).
     """
     position_T = torch.arange(segment_BT.shape[1], device=segment_BT.device)
-    rows_BQ1, columns_B1T = segment_BT[:, first_query:, None], segment_BT[:, None, :]
-    mask_BQT = _may_see(position_T[first_query:, None], position_T, rows_BQ1, columns_B1T)
+    mask_BTT = _may_see(position_T[:, None], position_T, segment_BT[:, :, None], segment_BT[:, None, :], rule)
     if sample_BT is not None:
-        mask_BQT = mask_BQT & (sample_BT[:, first_query:, None] == sample_BT[:, None, :])
-    return mask_BQT
+        mask_BTT = mask_BTT & (sample_BT[:, :, None] == sample_BT[:, None, :])
+    return mask_BTT
 
 
-def mask_mod(segment_BT: Tensor, sample_BT: Tensor | None = None) -> MaskMod:
+def mask_mod(segment_BT: Tensor, sample_BT: Tensor | None = None, rule: Rule = HYBRID) -> MaskMod:
     """The same rule as a function of (batch, head, query, key) indices, for ``flex_attention.create_block_mask``."""
 
     def see(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        allowed = _may_see(query, key, segment_BT[batch, query], segment_BT[batch, key])
+        allowed = _may_see(query, key, segment_BT[batch, query], segment_BT[batch, key], rule)
         if sample_BT is not None:
             allowed = allowed & (sample_BT[batch, query] == sample_BT[batch, key])
         return allowed
@@ -74,6 +103,33 @@ def mask_mod(segment_BT: Tensor, sample_BT: Tensor | None = None) -> MaskMod:
     return see
 
 
-def positions(segment_BT: Tensor) -> Tensor:
-    """1-based positions (B, T) that skip padding, as PaliGemma counts them; padding repeats its left neighbour's."""
-    return (segment_BT != Segment.PAD).cumsum(dim=1).clamp(min=1)
+def block_mask(segment_BT: Tensor, sample_BT: Tensor | None = None, rule: Rule = HYBRID) -> BlockMask:
+    """The same rule as FlexAttention's block-sparse mask (B, 1, T, T)."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    (rows, length), device = segment_BT.shape, str(segment_BT.device)
+    return create_block_mask(mask_mod(segment_BT, sample_BT, rule), rows, None, length, length, device=device)
+
+
+@contextmanager
+def unfused(active: bool) -> Iterator[None]:
+    """Let FlexAttention run without compilation while ``active``: on the CPU.
+
+    torch 2.11's CPU kernel has no gradients and no float64, and fails to compile for a second sequence length; unfused,
+    the operator is exact in every type.
+    """
+    if not active:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield
+
+
+def positions(segment_BT: Tensor, rule: Rule = HYBRID) -> Tensor:
+    """1-based positions (B, T) that skip padding, as PaliGemma counts them; padding repeats its left neighbour's.
+
+    With ``rule.pads_visible`` padding counts like any token.
+    """
+    counted = torch.ones_like(segment_BT) if rule.pads_visible else segment_BT != Segment.PAD
+    return counted.cumsum(dim=1).clamp(min=1)

@@ -2,43 +2,39 @@
 
 ``config.json`` and ``model.safetensors`` are those of transformers' PaliGemma, ``tokenizer.json`` is a fast tokenizer,
 and ``policy.json`` holds the rest: prompt, cameras, action bins, normalisation statistics with their digest, versions.
+A policy with adapters is saved as those alone (in peft's format) and ``policy.json``; they name their base. Published
+checkpoints, which have no ``policy.json``, are read too; :mod:`dtvla.policy.published` writes them.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import PaliGemmaConfig, PreTrainedTokenizerFast
+from transformers import PaliGemmaConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from dtvla.data.images import ImagePipeline
 from dtvla.data.normalization import ActionNormalizer, Statistics
 from dtvla.errors import UserError
+from dtvla.policy import adapters, build, quantization, weights
+from dtvla.policy.hub import POLICY_FILE, Source, locate
 from dtvla.policy.layout import Layout, PromptTemplate
-from dtvla.policy.model import HybridVLA, image_tokens
+from dtvla.policy.model import DECODER_KEY, HybridVLA, image_tokens
 from dtvla.policy.policy import Policy
 from dtvla.policy.processor import Processor
 from dtvla.policy.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 FORMAT_VERSION = 1
-POLICY_FILE = "policy.json"
-REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", POLICY_FILE)
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+SHARD_SIZE = "5GB"
 
 
 def save(policy: Policy, folder: Path | str, *, overwrite: bool = False) -> None:
-    """Write a policy; the folder appears complete or not at all.
+    """Write a policy, or its adapters when it has some; the folder appears complete or not at all.
 
     Args:
         policy: what to write.
@@ -46,131 +42,146 @@ def save(policy: Policy, folder: Path | str, *, overwrite: bool = False) -> None
         overwrite: replace a policy that is there already.
 
     Raises:
-        UserError: the folder exists and ``overwrite`` is off, or is something other than a policy.
+        UserError: the folder exists and ``overwrite`` is off, or is something other than a policy; or the policy is
+            quantised.
     """
     folder = Path(folder)
     if folder.exists() and not overwrite:
         raise UserError(f"{folder}: exists already; choose another folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / POLICY_FILE).is_file():
         raise UserError(f"{folder}: exists and is not a policy; choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        _quietly_save(policy.model, temporary)
-        policy.processor.layout.tokenizer.save_pretrained(temporary)
-        (temporary / POLICY_FILE).write_text(json.dumps(_describe(policy.processor), indent=2) + "\n")
-        os.chmod(temporary, 0o755)
-        if folder.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            os.replace(folder, retired)
-            os.replace(temporary, folder)
-            shutil.rmtree(retired)
-        else:
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with weights.new_folder(folder, replace=overwrite) as temporary:
+        write(policy, temporary)
+
+
+def write(policy: Policy, folder: Path, shard_size: str = SHARD_SIZE) -> None:
+    """Write a policy's files into an empty folder; see :func:`save`."""
+    if adapters.has_adapter(policy.model):
+        base = adapters.base_of(policy.model)
+        if not base:
+            raise UserError(
+                "model.lora: these adapters belong to fresh weights, which are nowhere; set model.checkpoint"
+            )
+        adapters.save(policy.model, folder, str(Path(base).resolve()) if Path(base).is_dir() else base)
+    elif quantization.bits_of(policy.model):
+        raise UserError("model.quantize: quantised weights are not saved; save the adapters trained on them")
+    else:
+        _quietly_save(policy.model, folder, shard_size)
+        policy.processor.layout.tokenizer.save_pretrained(folder)
+    # What an adapter's base may not say, or not have.
+    own = {"decoder": policy.model.decoder, "quantize": quantization.bits_of(policy.model)}
+    description = describe(policy.processor) | own
+    (folder / POLICY_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
 
 def load(
-    folder: Path | str,
+    name: Path | str,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     expect_statistics: Statistics | None = None,
+    settings: Mapping[str, Any] | None = None,
+    as_trained: bool = True,
 ) -> Policy:
-    """Read a policy, in evaluation mode.
+    """Read a policy, in evaluation mode; adapters are added, not merged.
 
     Args:
-        folder: as written by :func:`save`.
+        name: a folder as :func:`save` writes it, a published one, one of adapters, or a hub id of such.
         device: where the model goes.
-        dtype: of the weights.
-        expect_statistics: of the data it shall be used with; None does not compare.
+        dtype: of the weights; None keeps what is stored.
+        expect_statistics: of the data it shall be used with; None does not compare. A published base model, which
+            has none, takes these.
+        settings: the ``model`` group, for what a published checkpoint does not say; None: conf/model/deepthinkvla.yaml.
+        as_trained: whether a base whose last adapter was trained on quantised weights is quantised again; its adapters
+            can't be merged then.
 
     Raises:
-        UserError: files are missing or damaged, the format version is another one, or the statistics differ.
+        UserError: files or weights are missing, damaged or superfluous, the format version is another one, or the
+            statistics differ.
     """
-    folder = Path(folder)
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    missing = [name for name in REQUIRED_FILES if name not in present]
-    if not present & set(WEIGHT_FILES):
-        missing.append(WEIGHT_FILES[0])
-    if missing:
-        found = f"no {', '.join(missing)}" if present else "no such folder, or an empty one"
-        raise UserError(f"checkpoint {folder}: {found}; give the folder of a saved policy")
-    description = _read_json(folder / POLICY_FILE)
-    if description.get("format_version") != FORMAT_VERSION:
-        other = description.get("format_version")
-        raise UserError(
-            f"checkpoint {folder}: format version {other}, this dtvla reads {FORMAT_VERSION}; "
-            "use the dtvla that wrote it or train again"
-        )
-    config = read_config(folder)
-    try:
-        normalizer = ActionNormalizer.from_dict(description["normalizer"], source=f"{folder / POLICY_FILE}")
-        images = ImagePipeline.from_dict(description["images"])
-        layout = _layout(description, Vocabulary.from_config(config.to_dict()), read_tokenizer(folder), config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {folder}: {POLICY_FILE} is damaged ({error!r}); copy it again") from None
-    if expect_statistics is not None and expect_statistics.digest() != normalizer.statistics.digest():
-        raise UserError(
-            f"checkpoint {folder}: trained with other normalisation statistics ({normalizer.statistics.digest()[:12]}) "
-            f"than this dataset's ({expect_statistics.digest()[:12]}); use its own dataset, or train again"
-        )
-    model = read_model(folder, config, dtype)
-    model.to(torch.device(device))  # type: ignore[arg-type]  # transformers' decorator hides the signature
-    return Policy(model, Processor(layout, images, normalizer))
+    source = locate(name)
+    processor = read_processor(source, expect_statistics, settings)
+    return Policy(read_model(source, dtype, device, settings, as_trained), processor)
 
 
-def read_model(folder: Path, config: PaliGemmaConfig, dtype: torch.dtype) -> HybridVLA:
-    """Read weights in transformers' format (safetensors only), in evaluation mode.
-
-    Raises:
-        UserError: the weights are damaged, or some are missing, superfluous or of another shape.
-    """
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    read: Any = HybridVLA.from_pretrained
-    try:
-        model, report = read(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers raises many kinds for damaged files; none is meant for users
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"checkpoint {folder}: the weights can't be read ({first}); copy the folder again") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    wrong = [f"{kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:3]}" for kind in report if report[kind]]
-    if wrong:
-        raise UserError(
-            f"checkpoint {folder}: weights do not fit config.json ({'; '.join(wrong)}); copy the folder again"
-        )
-    assert isinstance(model, HybridVLA)
+def read_model(
+    source: Source,
+    dtype: torch.dtype | None,
+    device: str | torch.device = "cpu",
+    settings: Mapping[str, Any] | None = None,
+    as_trained: bool = False,
+) -> HybridVLA:
+    """Read a checkpoint's weights and adapters; for arguments and errors see :func:`load`."""
+    config = weights.read_config(source.base)
+    chosen = (settings or {}) if source.policy_file is None else _read_json(source.policy_file)
+    if chosen.get("decoder"):
+        setattr(config, DECODER_KEY, chosen["decoder"])
+    model = weights.read_model(source.base, config, dtype, device)
+    for folder in source.adapters:
+        if adapters.has_adapter(model):
+            adapters.merge(model)
+        if as_trained and chosen.get("quantize") and folder == source.adapters[-1]:
+            quantization.quantize(model, chosen["quantize"])
+        adapters.load(model, folder)
     return model.eval()
 
 
-def read_config(folder: Path) -> PaliGemmaConfig:
-    """Read ``config.json``; :class:`UserError` when it is damaged."""
+def read_processor(
+    source: Source, expect_statistics: Statistics | None = None, settings: Mapping[str, Any] | None = None
+) -> Processor:
+    """Read everything but the weights; for arguments and errors see :func:`load`."""
+    config, tokenizer = weights.read_config(source.base), weights.read_tokenizer(source.base)
+    if source.policy_file is None:
+        own = None if source.statistics_file is None else Statistics.load(source.statistics_file)
+        _compare(source.folder, own, expect_statistics)
+        statistics = own or expect_statistics
+        if statistics is None:
+            raise UserError(
+                f"checkpoint {source.folder}: neither policy.json nor norm_stats.json, so the scale of its actions is "
+                "unknown; a base model must be trained first, else copy norm_stats.json beside its weights"
+            )
+        return build.published_processor(source.base, config, tokenizer, statistics, settings)
+    path, description = source.policy_file, _read_json(source.policy_file)
+    if description.get("format_version") != FORMAT_VERSION:
+        other = description.get("format_version")
+        raise UserError(
+            f"checkpoint {path.parent}: format version {other}, this dtvla reads {FORMAT_VERSION}; "
+            "use the dtvla that wrote it or train again"
+        )
     try:
-        return PaliGemmaConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {folder}: config.json is damaged ({error}); copy it again") from None
+        normalizer = ActionNormalizer.from_dict(description["normalizer"], source=f"{path}")
+        images = ImagePipeline.from_dict(description["images"])
+        layout = _layout(description, Vocabulary.from_config(config.to_dict()), tokenizer, config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path.parent}: {POLICY_FILE} is damaged ({error!r}); copy it again") from None
+    _compare(source.folder, normalizer.statistics, expect_statistics)
+    return Processor(layout, images, normalizer)
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Read a fast tokenizer; no code of the folder runs. :class:`UserError` when it is damaged."""
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"checkpoint {folder}: tokenizer.json is damaged ({error}); copy it again") from None
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    return tokenizer
+def describe(processor: Processor) -> dict[str, Any]:
+    """What ``policy.json`` says."""
+    layout = processor.layout
+    packages = ("torch", "transformers", "tokenizers", "safetensors")
+    return {
+        "format_version": FORMAT_VERSION,
+        "images": processor.images.to_dict(),
+        "chunk": layout.chunk,
+        "action_dim": layout.action_dim,
+        "action_decode": layout.bins.mode,
+        "prompt": layout.prompt_template.to_dict(),
+        "max_prompt_tokens": layout.max_prompt_tokens,
+        "max_thought_tokens": layout.max_thought_tokens,
+        "normalizer": processor.normalizer.to_dict(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _compare(folder: Path, own: Statistics | None, expected: Statistics | None) -> None:
+    if own is not None and expected is not None and own.digest() != expected.digest():
+        raise UserError(
+            f"checkpoint {folder}: trained with other normalisation statistics ({own.digest()[:12]}) "
+            f"than this dataset's ({expected.digest()[:12]}); use its own dataset, or train again"
+        )
 
 
 def _layout(
@@ -190,29 +201,12 @@ def _layout(
     )
 
 
-def _describe(processor: Processor) -> dict[str, Any]:
-    layout = processor.layout
-    packages = ("torch", "transformers", "tokenizers", "safetensors")
-    return {
-        "format_version": FORMAT_VERSION,
-        "images": processor.images.to_dict(),
-        "chunk": layout.chunk,
-        "action_dim": layout.action_dim,
-        "action_decode": layout.bins.mode,
-        "prompt": layout.prompt_template.to_dict(),
-        "max_prompt_tokens": layout.max_prompt_tokens,
-        "max_thought_tokens": layout.max_thought_tokens,
-        "normalizer": processor.normalizer.to_dict(),
-        "versions": {name: version(name) for name in packages},
-    }
-
-
-def _quietly_save(model: PreTrainedModel, folder: Path) -> None:
+def _quietly_save(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
     """``save_pretrained`` without its progress bar."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=shard_size)
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -2,13 +2,13 @@
 
 ``think``    the model's own thought.
 ``mask``     an empty thought behind the prompt that asks for one.
-``random``   ids drawn uniformly from the text vocabulary.
+``random``   ids drawn uniformly from the text vocabulary, below a limit.
 ``shuffle``  the model's own thought with its tokens permuted.
 ``given``    the text under ``thought`` in the observation.
 ``none``     no thought, and a prompt that does not ask for one, as in training samples without a thought.
 
 Source of ``mask``, ``random`` and ``shuffle``: DeepThinkVLA's ablations (``experiments/deepthinkvla_utils.py``), where
-both ``random`` and ``shuffle`` go by the name of random CoT.
+both ``random`` (128 ids below 220000) and ``shuffle`` go by the name of random CoT.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Strategy:
     """Whether the mode itself needs a seed."""
 
     def replace(
-        self, decoded: list[int], observation: Mapping[str, Any], layout: Layout, length: int, rng: torch.Generator
+        self, decoded: list[int], observation: Mapping[str, Any], layout: Layout, cot: CotMode, rng: torch.Generator
     ) -> list[int] | None:
         """The thought to act on, ``<think>`` to ``</think>``; None to keep the model's own.
 
@@ -43,7 +43,7 @@ class Strategy:
             decoded: the model's own thought up to ``<action>``; empty unless ``decodes``.
             observation: of this row.
             layout: of the sequences.
-            length: tokens of a random thought.
+            cot: settings of random thoughts.
             rng: this decision's generator.
         """
         return None
@@ -55,7 +55,7 @@ class Mask(Strategy):
     decodes = False
 
     def replace(
-        self, decoded: list[int], observation: Mapping[str, Any], layout: Layout, length: int, rng: torch.Generator
+        self, decoded: list[int], observation: Mapping[str, Any], layout: Layout, cot: CotMode, rng: torch.Generator
     ) -> list[int]:
         """The two tags."""
         return layout.thought(None)
@@ -73,14 +73,16 @@ class Random(Mask):
     draws = True
 
     def replace(
-        self, decoded: list[int], observation: Mapping[str, Any], layout: Layout, length: int, rng: torch.Generator
+        self, decoded: list[int], observation: Mapping[str, Any], layout: Layout, cot: CotMode, rng: torch.Generator
     ) -> list[int]:
-        """``length`` ids between the tags; control ids and the action band are left out."""
+        """``cot.length`` ids between the tags; control ids and the action band are left out."""
         words = layout.vocabulary
-        text = torch.ones(words.action_first_id, dtype=torch.bool)
-        text[[i for i in words.control_ids if i < words.action_first_id]] = False
+        text = torch.ones(min(words.action_first_id, cot.id_limit), dtype=torch.bool)
+        text[[i for i in words.control_ids if i < len(text)]] = False
         ids = text.nonzero()[:, 0]
-        drawn: list[int] = ids[torch.randint(len(ids), (length,), generator=rng)].tolist()
+        if not len(ids):
+            raise UserError(f"cot.id_limit: {cot.id_limit} leaves no text to draw; give a larger number")
+        drawn: list[int] = ids[torch.randint(len(ids), (cot.length,), generator=rng)].tolist()
         return [words.think_start_id, *drawn, words.think_end_id]
 
 
@@ -90,7 +92,7 @@ class Shuffle(Strategy):
     draws = True
 
     def replace(
-        self, decoded: list[int], observation: Mapping[str, Any], layout: Layout, length: int, rng: torch.Generator
+        self, decoded: list[int], observation: Mapping[str, Any], layout: Layout, cot: CotMode, rng: torch.Generator
     ) -> list[int]:
         """The same tokens between the tags in random order."""
         control = set(layout.vocabulary.control_ids)
@@ -104,7 +106,7 @@ class Given(Mask):
     """A thought from outside."""
 
     def replace(
-        self, decoded: list[int], observation: Mapping[str, Any], layout: Layout, length: int, rng: torch.Generator
+        self, decoded: list[int], observation: Mapping[str, Any], layout: Layout, cot: CotMode, rng: torch.Generator
     ) -> list[int]:
         """The tokens of ``observation["thought"]``."""
         if "thought" not in observation:
@@ -129,14 +131,23 @@ class CotMode:
     Attributes:
         mode: a key of :data:`STRATEGIES`.
         temperature: of the thought's tokens; 0 takes the most likely one.
+        action_temperature: of the action's tokens; 0 takes the most likely ones.
         max_tokens: cap on a decoded thought, tags counted; None is the model's own ``max_thought_tokens`` and tags.
         length: tokens of a random thought (128 published).
+        id_limit: a random thought's ids lie below (220000 published), and below the action band.
+        speculate: check the thought of the previous decision token by token in blocks, instead of writing it anew.
+            What is written stays the same; it is faster the less the thought has changed.
+        speculate_block: most tokens of a block; None is what suits the device.
     """
 
     mode: str = "think"
     temperature: float = 0.0
+    action_temperature: float = 0.0
     max_tokens: int | None = None
     length: int = 128
+    id_limit: int = 220000
+    speculate: bool = False
+    speculate_block: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse unknown modes and impossible numbers."""
@@ -144,7 +155,8 @@ class CotMode:
             close = difflib.get_close_matches(str(self.mode), STRATEGIES, n=1)
             hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(STRATEGIES)}"
             raise UserError(f"cot.mode: {self.mode!r} is unknown; {hint}")
-        for name, least in (("temperature", 0), ("max_tokens", 1), ("length", 0)):
+        least_values = {"temperature": 0, "action_temperature": 0, "max_tokens": 1, "length": 0}
+        for name, least in (least_values | {"id_limit": 1, "speculate_block": 1}).items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"cot.{name}: {value} is too small; give at least {least}")
@@ -157,7 +169,8 @@ class CotMode:
     @property
     def needs_seed(self) -> bool:
         """Whether a decision draws random numbers."""
-        return self.strategy.draws or (self.strategy.decodes and self.temperature > 0)
+        samples = self.action_temperature > 0 or (self.strategy.decodes and self.temperature > 0)
+        return self.strategy.draws or samples
 
     @classmethod
     def from_config(cls, settings: Mapping[str, Any]) -> CotMode:

@@ -6,8 +6,9 @@
     |------------------ PREFIX ------------------|  |------ THINK ------|   |-------------- ACT --------------|
      label: none                                     label: the token itself
 
-The action tokens are inputs without content: their embedding is zeroed, their id is a placeholder, and only the labels
-know the actions. A model trained to predict the next token reads a_1 at ``<action>``, a_2 at the first slot and so on.
+A model trained to predict the next token reads a_1 at ``<action>``, a_2 at the slot of a_1 and so on. The hybrid
+decoder takes the action tokens as inputs without content: their embedding is zeroed or replaced, whatever their id is,
+and only the labels tell it the actions. The autoregressive decoder reads them.
 Source: DeepThinkVLA, ``dt_datasets/dataset.py``.
 """
 
@@ -39,10 +40,10 @@ class Example:
     """One sequence of T tokens.
 
     Attributes:
-        input_ids_T: int64; action slots hold a placeholder.
+        input_ids_T: int64; action slots hold the action's ids, or placeholders when there is none.
         segment_T: int64 :class:`Segment` values.
         labels_T: int64 ids, :data:`IGNORE` where nothing is predicted; not shifted.
-        slot_T: bool, the action slots, whose embedding is zeroed.
+        slot_T: bool, the action slots, whose content the hybrid decoder does not read.
     """
 
     input_ids_T: Tensor
@@ -223,13 +224,13 @@ class Layout:
         first = len(prefix) + len(think) + 1
         slot_T = torch.zeros(len(ids_T), dtype=torch.bool)
         slot_T[first : first + self.slots] = True
+        if actions_SD is not None and tuple(actions_SD.shape) != (self.chunk, self.action_dim):
+            raise ValueError(f"actions have shape {tuple(actions_SD.shape)}, not {(self.chunk, self.action_dim)}")
+        if actions_SD is not None:
+            ids_T[slot_T] = self.bins.encode(actions_SD).flatten()
         labels_T = torch.where(segment_T == Segment.PREFIX, IGNORE, ids_T)
         if actions_SD is None:
             labels_T[slot_T] = IGNORE
-        elif tuple(actions_SD.shape) != (self.chunk, self.action_dim):
-            raise ValueError(f"actions have shape {tuple(actions_SD.shape)}, not {(self.chunk, self.action_dim)}")
-        else:
-            labels_T[slot_T] = self.bins.encode(actions_SD).flatten()
         return Example(input_ids_T=ids_T, segment_T=segment_T, labels_T=labels_T, slot_T=slot_T)
 
     def _tokens(self, text: str) -> list[int]:

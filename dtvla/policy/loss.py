@@ -70,7 +70,7 @@ def sft_loss(model: HybridVLA, batch: Batch, bins: ActionBins, *, action_smoothi
     with torch.no_grad():
         entropy_M, logits_MV = entropy_M.detach(), logits_MV.detach()
         correct_M = logits_MV.argmax(-1) == targets_M
-        predicted_N = bins.value(bins.band(logits_MV[action_M]).argmax(-1))
+        predicted_N = bins.value(bins.most_likely(bins.band(logits_MV[action_M])))
         error_D = (predicted_N - bins.value(true_bin_N)).abs().unflatten(0, (-1, batch.actions_BSD.shape[-1])).sum(0)
     return LossSums(
         cross_entropy=objective,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,17 @@ from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGe
 
 from dtvla.errors import UserError
 from dtvla.policy.action_bins import ActionBins
-from dtvla.policy.attention import positions, visible
+from dtvla.policy.adapters import linear_rows
+from dtvla.policy.attention import Rule, block_mask, positions, unfused, visible
 from dtvla.policy.layout import IGNORE, Batch
 from dtvla.policy.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    from torch.nn.attention.flex_attention import BlockMask
+
+DECODERS = ("hybrid", "autoregressive")
+DECODER_KEY = "action_decoder"  # in config.json; transformers takes a key "decoder" for a nested configuration
+ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention"}  # name in the configuration -> name in transformers
 
 
 class HybridVLA(PaliGemmaForConditionalGeneration):
@@ -26,16 +32,48 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
     Modules and weights are those of PaliGemma, so its checkpoints load. With ``config.slot_embedding`` the action
     slots, whose inputs are zero in the published model, receive a learned embedding of their index: zeroed slots are
     equal in the first layer and differ by position only, which small models learn slowly.
+
+    With ``config.action_decoder`` ``"autoregressive"`` (absent: ``"hybrid"``) it is the baseline that writes actions as
+    it writes thoughts: one token after the other, each seeing those before it.
+
+    Attributes:
+        pads_visible: see :class:`~dtvla.policy.attention.Rule`; a setting of the run, not of the weights.
     """
 
     def __init__(self, config: PaliGemmaConfig) -> None:
-        """Build the modules with fresh weights (:meth:`initialize_action_rows` is up to the caller)."""
+        """Build the modules with fresh weights (:meth:`initialize_action_rows` is up to the caller).
+
+        Raises:
+            UserError: an unknown decoder, or slot embeddings for one without slots.
+        """
         super().__init__(config)
+        if self.decoder not in DECODERS:
+            raise UserError(f"model.decoder: {self.decoder!r} is unknown; use {' or '.join(DECODERS)}")
+        if self.autoregressive and getattr(config, "slot_embedding", False):
+            raise UserError(
+                "model.slot_embedding: true, but an autoregressive decoder reads the actions, not slots; set it false"
+            )
+        self.pads_visible = False
         self.slot_embedding: nn.Embedding | None = None
         if getattr(config, "slot_embedding", False):
             text: Any = config.text_config
             self.slot_embedding = nn.Embedding(config.action_slots, text.hidden_size)
             nn.init.normal_(self.slot_embedding.weight, std=text.initializer_range)
+
+    @property
+    def decoder(self) -> str:
+        """How actions are written: one of :data:`DECODERS`."""
+        return str(getattr(self.config, DECODER_KEY, DECODERS[0]))
+
+    @property
+    def autoregressive(self) -> bool:
+        """Whether actions are written one by one."""
+        return self.decoder == "autoregressive"
+
+    @property
+    def rule(self) -> Rule:
+        """Who sees whom."""
+        return Rule(causal_actions=self.autoregressive, pads_visible=self.pads_visible)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits where the next token is supervised.
@@ -47,9 +85,24 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
         return self.logits(hidden_BTD[:, :-1][supervised_positions(batch)])
 
     def encode(self, batch: Batch) -> Tensor:
-        """Hidden states (B, T, D) of whole sequences after the final norm."""
+        """Hidden states (B, T, D) of whole sequences after the final norm.
+
+        Raises:
+            UserError: ids outside the vocabulary, or pictures that do not fit the sequences or the model.
+        """
+        check_batch(batch, self.config)
         embeddings_BTD = self.embed(batch.pixels_BNCHW, batch.input_ids_BT, batch.slot_BT)
-        return self.transform(embeddings_BTD, visible(batch.segment_BT), positions(batch.segment_BT))
+        return self.transform(embeddings_BTD, self.mask(batch.segment_BT), positions(batch.segment_BT, self.rule))
+
+    def mask(self, segment_BT: Tensor, sample_BT: Tensor | None = None) -> Tensor | BlockMask:
+        """The attention mask of whole rows, in the form that ``model.attention`` needs.
+
+        Args:
+            segment_BT: :class:`~dtvla.policy.attention.Segment` values.
+            sample_BT: for packed rows, which sample a position belongs to.
+        """
+        make = block_mask if self._flex else visible
+        return make(segment_BT, sample_BT, rule=self.rule)
 
     def embed(self, pixels_BNCHW: Tensor, input_ids_BT: Tensor, slot_BT: Tensor | None = None) -> Tensor:
         """Input embeddings of sequences that begin with their image tokens.
@@ -66,40 +119,51 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
         return torch.cat([images_BID.to(text_BTD.dtype), text_BTD], dim=1)
 
     def embed_images(self, pixels_BNCHW: Tensor) -> Tensor:
-        """Image tokens (B, N * tokens per camera, D): cameras in order, on the scale of the token embeddings."""
-        dtype = self.model.multi_modal_projector.linear.weight.dtype
-        if not dtype.is_floating_point:
-            dtype = self.dtype
-        pixels = pixels_BNCHW.flatten(0, 1).to(dtype) / 127.5 - 1.0
+        """Image tokens (B, N * tokens per camera, D): cameras in order, on the scale of the token embeddings.
+
+        Raises:
+            UserError: pictures of another size than the model's.
+        """
+        vision: Any = self.config.vision_config
+        if pixels_BNCHW.ndim != 5 or pixels_BNCHW.shape[2:] != (3, vision.image_size, vision.image_size):
+            wanted = f"(batch, cameras, 3, {vision.image_size}, {vision.image_size})"
+            raise UserError(f"pictures: shape {tuple(pixels_BNCHW.shape)}, not {wanted}; resize them as the model does")
+        dtype = torch.float64 if self.model.vision_tower.dtype == torch.float64 else torch.float32
+        pixels = pixels_BNCHW.flatten(0, 1).to(dtype) / 127.5 - 1.0  # the tower rounds them to its own type, once
         features = self.model.get_image_features(pixels).pooler_output
         return features.reshape(len(pixels_BNCHW), -1, features.shape[-1])
 
     def embed_text(self, input_ids_BT: Tensor, slot_BT: Tensor | None) -> Tensor:
-        """Token embeddings (B, T, D), scaled by sqrt(D) as in Gemma; action slots zeroed or learned."""
+        """Token embeddings (B, T, D), scaled by sqrt(D) as in Gemma.
+
+        Action slots are zeroed or learned, so their ids are of no account; an autoregressive decoder reads them.
+        """
         embeddings_BTD: Tensor = self.model.language_model.embed_tokens(input_ids_BT)
         return embeddings_BTD if slot_BT is None else self._fill_slots(embeddings_BTD, slot_BT)
 
-    def transform(
-        self, embeddings_BTD: Tensor, visible_BQK: Tensor, position_ids_BT: Tensor, cache: Cache | None = None
-    ) -> Tensor:
-        """Run the language model.
+    def transform(self, embeddings_BTD: Tensor, mask: Tensor | BlockMask, position_ids_BT: Tensor) -> Tensor:
+        """Run the language model on whole rows.
 
         Args:
-            embeddings_BTD: inputs of the positions that are not cached yet.
-            visible_BQK: which of the cached and new keys each new position sees.
-            position_ids_BT: 1-based positions of the new tokens.
-            cache: keys and values of earlier positions; extended in place.
+            embeddings_BTD: inputs.
+            mask: from :meth:`mask`.
+            position_ids_BT: 1-based positions.
 
         Returns:
             Hidden states (B, T, D) after the final norm.
+
+        Raises:
+            UserError: gradients through FlexAttention on the CPU.
         """
-        output = self.model.language_model(
-            inputs_embeds=embeddings_BTD,
-            attention_mask=visible_BQK[:, None],
-            position_ids=position_ids_BT,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        if self._flex and embeddings_BTD.device.type == "cpu" and torch.is_grad_enabled() and self._trains:
+            raise UserError("model.attention: flex has no gradient on the CPU; use sdpa, or train on a GPU")
+        with unfused(self._flex and embeddings_BTD.device.type == "cpu"):
+            output = self.model.language_model(
+                inputs_embeds=embeddings_BTD,
+                attention_mask=mask[:, None] if isinstance(mask, Tensor) else mask,
+                position_ids=position_ids_BT,
+                use_cache=False,
+            )
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD
 
@@ -110,7 +174,7 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
 
     def action_logits(self, hidden: Tensor, bins: ActionBins) -> Tensor:
         """Logits (..., K) of the action bins alone, in the order of the bins: no other column is computed."""
-        logits = nn.functional.linear(hidden, self.lm_head.weight[bins.first_id : bins.last_id + 1])
+        logits = linear_rows(self.lm_head, hidden, bins.first_id, bins.last_id)
         return (logits if logits.dtype == torch.float64 else logits.float()).flip(-1)
 
     @torch.no_grad()
@@ -129,7 +193,18 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
         rows_KD = torch.cos(value_K[:, None] * frequency_D + phase_D) * math.sqrt(2.0) * std
         weight_VD[bins.first_id : bins.last_id + 1] = rows_KD.flip(0).to(weight_VD)
 
+    @property
+    def _flex(self) -> bool:
+        text: Any = self.config.text_config
+        return bool(text._attn_implementation == ATTENTION["flex"])
+
+    @property
+    def _trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def _fill_slots(self, embeddings_BTD: Tensor, slot_BT: Tensor) -> Tensor:
+        if self.autoregressive:
+            return embeddings_BTD
         if self.slot_embedding is None:
             return embeddings_BTD * (~slot_BT).unsqueeze(-1)
         index_BT = (slot_BT.cumsum(dim=1) - 1).clamp(min=0)
@@ -142,12 +217,64 @@ def supervised_positions(batch: Batch) -> Tensor:
     return batch.labels_BT[:, 1:] != IGNORE
 
 
+def check_batch(batch: Batch, config: PaliGemmaConfig) -> None:
+    """Look at a batch's ids once; on a GPU a wrong one would end the process without a usable message.
+
+    Raises:
+        UserError: an id lies outside the vocabulary, or the rows do not begin with the tokens of their pictures.
+    """
+    text: Any = config.text_config
+    ids_BT, cameras = batch.input_ids_BT, batch.pixels_BNCHW.shape[1]
+    images = image_tokens(config, cameras)
+    is_image_BT = ids_BT == config.image_token_index
+    fit = is_image_BT[:, :images].all() & ~is_image_BT[:, images : images + 1].any()
+    highest = torch.maximum(ids_BT.max(), batch.labels_BT.max())
+    low, high, fits = torch.stack([ids_BT.min(), highest, fit.to(highest)]).tolist()
+    if low < 0 or high >= text.vocab_size:
+        wrong = low if low < 0 else high
+        raise UserError(
+            f"batch: token {wrong} is outside the model's {text.vocab_size} ids; use the tokenizer of this model"
+        )
+    if not fits:
+        raise UserError(
+            f"batch: {cameras} pictures are {images} image tokens, but the rows begin with another number; "
+            "encode them with this model's layout and cameras"
+        )
+
+
+def configure(model: HybridVLA, settings: Mapping[str, Any]) -> None:
+    """Set how a model computes whole sequences, and make it ready to train; no weight changes.
+
+    Args:
+        model: the model.
+        settings: of the ``model`` group: ``attention`` (sdpa), ``gradient_checkpointing`` (false), and ``decoder``
+            (hybrid), which must be the model's own.
+
+    Raises:
+        UserError: an unknown attention, or the model was made with another decoder.
+    """
+    attention, decoder = str(settings.get("attention", "sdpa")), str(settings.get("decoder", DECODERS[0]))
+    if attention not in ATTENTION:
+        raise UserError(f"model.attention: {attention!r} is unknown; use {' or '.join(ATTENTION)}")
+    if decoder != model.decoder:
+        raise UserError(
+            f"model.decoder: {decoder}, but the checkpoint's is {model.decoder}; add model/decoder={model.decoder}"
+        )
+    model.set_attn_implementation({"text_config": ATTENTION[attention]})
+    if settings.get("gradient_checkpointing", False):
+        with warnings.catch_warnings():  # it has a new name in transformers 5.23; this one is in all of version 5
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # a hook on the embeddings, of use to reentrant checkpointing only
+    model.train()  # loaded models are in evaluation mode, in which nothing is checkpointed
+
+
 def make_config(settings: Mapping[str, Any], vocabulary: Vocabulary) -> PaliGemmaConfig:
     """The transformers configuration of a model with fresh weights.
 
     Args:
         settings: the ``model`` group of the configuration: ``text``, ``vision``, ``image_size``, ``chunk``,
-            ``action_dim``, ``slot_embedding``, ``initializer_range``.
+            ``action_dim``, ``slot_embedding``, ``initializer_range``, ``decoder``.
         vocabulary: all ids.
 
     Raises:
@@ -164,6 +291,7 @@ def make_config(settings: Mapping[str, Any], vocabulary: Vocabulary) -> PaliGemm
     )
     vision_config = SiglipVisionConfig(image_size=settings["image_size"], vision_use_head=False, **vision)
     extra: dict[str, Any] = {
+        DECODER_KEY: settings.get("decoder", DECODERS[0]),
         "slot_embedding": bool(settings["slot_embedding"]),
         "action_slots": settings["chunk"] * settings["action_dim"],
     }

@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dtvla.data.normalization import Statistics
 from dtvla.errors import UserError
-from dtvla.policy import decoding
 from dtvla.policy.cot import CotMode
-from dtvla.policy.decoding import Thought
-from dtvla.policy.model import HybridVLA
+from dtvla.policy.decoding import Actions, Engine, Thought
+from dtvla.policy.model import HybridVLA, configure
 from dtvla.policy.processor import Processor
+from dtvla.policy.runtime import Mode
 
 __all__ = ["Decision", "Policy", "Processor", "build_policy"]
 
@@ -32,6 +31,11 @@ class Decision:
         actions_SD: float32 actions in robot units.
         thought_ids: all ids between prompt and actions, up to and including ``<action>``.
         truncated: whether the length cap closed the thought.
+        thought_log_probs: of each id, 0 for those that the cap decided; empty for a thought that was not decoded.
+        thought_forwards: passes of the model that wrote the thought.
+        action_bins_A: int64 bins of the action tokens, as chosen.
+        action_log_probs_A: float32, of each bin. Log-probabilities are at temperature 1 for greedy choices, else at the
+            temperature of sampling.
         latency_s: wall time of the whole batch's decision, which is what each of its robots waited for.
     """
 
@@ -39,16 +43,34 @@ class Decision:
     actions_SD: np.ndarray
     thought_ids: list[int]
     truncated: bool
+    thought_log_probs: list[float]
+    thought_forwards: int
+    action_bins_A: np.ndarray
+    action_log_probs_A: np.ndarray
     latency_s: float
 
 
 class Policy:
-    """A model and its processor."""
+    """A model and its processor.
+
+    Attributes:
+        engine_mode: how the engine runs, see :class:`~dtvla.policy.decoding.Engine`; set it before the first decision.
+    """
 
     def __init__(self, model: HybridVLA, processor: Processor) -> None:
         """Join a model with the processor it was trained with."""
         self.model = model
         self.processor = processor
+        self.engine_mode: Mode = "auto"
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What decodes; made at the first decision."""
+        layout = self.processor.layout
+        if self._engine is None or self._engine.model is not self.model or self._engine.layout is not layout:
+            self._engine = Engine(self.model, layout, self.engine_mode)
+        return self._engine
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
         """Write one folder, complete or not at all; see :func:`dtvla.policy.checkpoint.save`."""
@@ -69,9 +91,13 @@ class Policy:
 
         return checkpoint.load(folder, device=device, dtype=dtype, expect_statistics=expect_statistics)
 
-    @torch.inference_mode()
     def act(
-        self, observations: Sequence[Mapping[str, Any]], cot: CotMode, *, seeds: Sequence[int] | None = None
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        cot: CotMode,
+        *,
+        seeds: Sequence[int] | None = None,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> list[Decision]:
         """Think about and act on each observation.
 
@@ -82,62 +108,89 @@ class Policy:
             observations: per row the cameras' pictures, ``instruction`` and, with ``cot.mode=given``, ``thought``.
             cot: how to think.
             seeds: one per row; needed when the mode draws random numbers.
+            drafts: per row the ``thought_ids`` of a similar decision, or nothing; used with ``cot.speculate``.
 
         Raises:
-            UserError: a malformed observation, or seeds missing.
+            UserError: a malformed observation, seeds missing, or several rows for a model whose padding is visible.
         """
         started = time.perf_counter()
         if not observations:
             return []
-        if seeds is None and cot.needs_seed:
-            raise UserError(f"cot.mode={cot.mode}, temperature {cot.temperature}: draws random numbers; give seeds")
-        generators = [torch.Generator().manual_seed(int(s)) for s in (seeds if cot.needs_seed and seeds else [])]
-        if generators and len(generators) != len(observations):
-            raise ValueError(f"{len(generators)} seeds for {len(observations)} observations")
+        self._check_request(len(observations), cot, seeds, drafts)
         was_training = self.model.training
         self.model.eval()
         try:
-            thoughts, actions_BSD = self._decide(observations, cot, generators)
+            thoughts, actions = self._decide(observations, cot, seeds, drafts if cot.speculate else None)
         finally:
             self.model.train(was_training)
-        robot_BSD = self.processor.normalizer.unnormalize(actions_BSD.float().cpu().numpy())
+        layout = self.processor.layout
+        normalised_BA = layout.bins.value(actions.bins_BA).cpu().numpy()
+        robot_BSD = self.processor.normalizer.unnormalize(normalised_BA.reshape(-1, layout.chunk, layout.action_dim))
+        bins_BA, log_probs_BA = actions.bins_BA.cpu().numpy(), actions.log_probs_BA.cpu().numpy()
         latency = time.perf_counter() - started
-        text = self.processor.layout.text
         return [
-            Decision(text(thought.ids), np.asarray(robot_SD, np.float32), thought.ids, thought.truncated, latency)
-            for thought, robot_SD in zip(thoughts, robot_BSD, strict=True)
+            Decision(
+                thought=layout.text(thought.ids),
+                actions_SD=np.asarray(robot_BSD[row], np.float32),
+                thought_ids=thought.ids,
+                truncated=thought.truncated,
+                thought_log_probs=thought.log_probs,
+                thought_forwards=thought.forwards,
+                action_bins_A=bins_BA[row],
+                action_log_probs_A=log_probs_BA[row],
+                latency_s=latency,
+            )
+            for row, thought in enumerate(thoughts)
         ]
 
+    def _check_request(
+        self, rows: int, cot: CotMode, seeds: Sequence[int] | None, drafts: Sequence[Sequence[int]] | None
+    ) -> None:
+        if seeds is None and cot.needs_seed:
+            drawn = f"temperature {cot.temperature}, action_temperature {cot.action_temperature}"
+            raise UserError(f"cot.mode={cot.mode}, {drawn}: draws random numbers; give seeds")
+        for name, given in (("seeds", seeds), ("drafts", drafts)):
+            if given is not None and len(given) != rows:
+                raise ValueError(f"{len(given)} {name} for {rows} observations")
+        if self.model.pads_visible and rows > 1:
+            raise UserError(
+                f"compat.pads_visible: {rows} observations at once, but decisions pad nothing; set batch_size=1"
+            )
+
     def _decide(
-        self, observations: Sequence[Mapping[str, Any]], cot: CotMode, generators: list[torch.Generator]
-    ) -> tuple[list[Thought], Tensor]:
-        """Thoughts and normalised actions (B, S, D)."""
-        layout, strategy, pad_id = self.processor.layout, cot.strategy, self.processor.layout.vocabulary.pad_id
-        pixels_BNCHW = torch.stack([self.processor.pixels(o) for o in observations]).to(self.model.device)
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        cot: CotMode,
+        seeds: Sequence[int] | None,
+        drafts: Sequence[Sequence[int]] | None,
+    ) -> tuple[list[Thought], Actions]:
+        layout, strategy, engine = self.processor.layout, cot.strategy, self.engine
+        pixels_BNCHW = torch.stack([self.processor.pixels(o) for o in observations])
         prompts = [layout.prompt(_instruction(o), strategy.asks_for_thought) for o in observations]
-        context = decoding.read(self.model, pixels_BNCHW, prompts, pad_id)
-        columns, hidden_BD = context.segment_BT.shape[1], context.hidden_BD
+        of_thought, of_mode, of_action = (
+            [_generator(seed, purpose) for seed in (seeds or [0] * len(observations))] for purpose in range(3)
+        )
+        context = engine.read(pixels_BNCHW, prompts)
         thoughts = [Thought() for _ in observations]
         if strategy.decodes:
-            thoughts = decoding.think(
-                self.model,
+            thoughts = engine.think(
                 context,
-                layout.vocabulary,
                 max_tokens=layout.max_thought_tokens + 2 if cot.max_tokens is None else cot.max_tokens,
                 temperature=cot.temperature,
-                generators=generators or None,
+                generators=of_thought,
+                drafts=drafts,
+                block=cot.speculate_block,
             )
-        rngs = generators or [torch.Generator()] * len(observations)
-        rows = zip(thoughts, observations, rngs, strict=True)
-        replaced = [strategy.replace(t.ids, o, layout, cot.length, rng) for t, o, rng in rows]
+        rows = zip(thoughts, observations, of_mode, strict=True)
+        replaced = [strategy.replace(t.ids, o, layout, cot, rng) for t, o, rng in rows]
         fixed = [ids for ids in replaced if ids is not None]
         if fixed:
-            context.rewind(columns, hidden_BD)
-            decoding.feed_thoughts(self.model, context, fixed, pad_id)
+            engine.rewind(context)
+            engine.feed(context, fixed)
             start = layout.vocabulary.action_start_id
             pairs = zip(thoughts, fixed, strict=True)
             thoughts = [Thought([*ids, start], thought.truncated) for thought, ids in pairs]
-        return thoughts, decoding.act(self.model, context, layout)
+        return thoughts, engine.act(context, temperature=cot.action_temperature, generators=of_action)
 
 
 def build_policy(settings: Mapping[str, Any], texts: Iterable[str], statistics: Statistics) -> Policy:
@@ -145,22 +198,25 @@ def build_policy(settings: Mapping[str, Any], texts: Iterable[str], statistics: 
 
     Args:
         settings: the ``model`` group of the configuration. ``checkpoint: null`` gives fresh weights and a tokenizer
-            trained on ``texts``; the folder of a saved policy continues from it; a folder or cached hub id in the
-            format of transformers' PaliGemma gives its weights, vocabulary and tokenizer.
+            trained on ``texts``; a saved policy continues from there; a folder or hub id in the published format
+            gives weights, vocabulary and tokenizer.
         texts: instructions and thoughts of the training data.
         statistics: of the training data.
 
     Raises:
         UserError: an absent or unfit checkpoint, other statistics than a saved policy's, or contradictory settings.
     """
-    from dtvla.policy import build, checkpoint
+    from dtvla.policy import adapters, build, checkpoint
 
-    if not settings["checkpoint"]:
-        return build.fresh(settings, texts, statistics)
-    folder = build.find_checkpoint(str(settings["checkpoint"]))
-    if (folder / checkpoint.POLICY_FILE).is_file():
-        return checkpoint.load(folder, expect_statistics=statistics)
-    return build.from_transformers(folder, settings, statistics)
+    if settings["checkpoint"]:
+        policy = checkpoint.load(
+            str(settings["checkpoint"]), expect_statistics=statistics, settings=settings, as_trained=False
+        )
+    else:
+        policy = build.fresh(settings, texts, statistics)
+    adapters.prepare(policy.model, settings)
+    configure(policy.model, settings)
+    return policy
 
 
 def _instruction(observation: Mapping[str, Any]) -> str:
@@ -168,3 +224,12 @@ def _instruction(observation: Mapping[str, Any]) -> str:
     if not isinstance(instruction, str) or not instruction.strip():
         raise UserError(f"observation: instruction is {instruction!r}; send the task in words")
     return instruction
+
+
+def _generator(seed: int, purpose: int) -> torch.Generator:
+    """One of a decision's independent streams of random numbers.
+
+    A thought that is written with a draft takes numbers ahead of time; its own stream keeps that from the others.
+    """
+    state = np.random.SeedSequence([int(seed), purpose]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))

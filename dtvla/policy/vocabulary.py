@@ -74,20 +74,26 @@ class Vocabulary:
 
     @property
     def banned_in_thought(self) -> tuple[int, ...]:
-        """Ids that a decoded thought never contains: the action band, eos, pad, bos and image."""
-        band = range(self.action_first_id, self.action_first_id + self.action_count)
-        return (self.pad_id, self.eos_id, self.bos_id, self.image_id, *band)
+        """Ids that a decoded thought never contains: eos and the action band, as published."""
+        return (self.eos_id, *range(self.action_first_id, self.action_first_id + self.action_count))
 
     def bins(self, mode: DecodeMode = "fixed") -> ActionBins:
         """The action bins on this vocabulary's band."""
         return ActionBins(count=self.action_count, first_id=self.action_first_id, mode=mode)
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerFast, action_count: int) -> Vocabulary:
+    def from_tokenizer(
+        cls, tokenizer: PreTrainedTokenizerFast, action_count: int, size: int | None = None
+    ) -> Vocabulary:
         """Read the ids off a tokenizer whose base vocabulary ends with the action band.
 
+        Args:
+            tokenizer: of text, tags and action band.
+            action_count: number of action bins K.
+            size: rows of the embedding table, those without a token last; None for one per token.
+
         Raises:
-            UserError: the tokenizer lacks one of the tags.
+            UserError: the tokenizer lacks one of the tags, or has more tokens than ``size``.
         """
         known = tokenizer.get_vocab()
         missing = [token for token in (PAD, EOS, BOS, *TAGS) if token not in known]
@@ -96,7 +102,10 @@ class Vocabulary:
         names = dict(zip(CONFIG_KEYS, (PAD, EOS, BOS, *TAGS), strict=True))
         ids = {field: known[token] for field, token in names.items()}
         bins = ActionBins.at_end_of(tokenizer.vocab_size, action_count)
-        return cls(size=len(tokenizer), action_first_id=bins.first_id, action_count=action_count, **ids)
+        if size is not None and size < len(tokenizer):
+            raise UserError(f"model.vocabulary_size: {size}, but the tokenizer has {len(tokenizer)} tokens; raise it")
+        rows = len(tokenizer) if size is None else size
+        return cls(size=rows, action_first_id=bins.first_id, action_count=action_count, **ids)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Vocabulary:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtvla.cli import command_line
 from dtvla.errors import UserError
+from dtvla.policy.hub import Source, locate
 from dtvla.rollout import results as records
 from dtvla.rollout.results import Results
 from dtvla.sim.suites import Task, get_tasks, step_limit
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from dtvla.policy.policy import Policy
 
-POLICY_FILE = "policy.json"
 CAMERAS = ("agentview", "wrist")  # what LiberoEnv observes
 
 
@@ -71,16 +71,13 @@ def make_plan(cfg: "DictConfig") -> Plan:
 
     if OmegaConf.is_missing(cfg, "checkpoint"):
         raise UserError("checkpoint: none was given; add checkpoint=FOLDER, the policy folder that dtvla train wrote")
-    checkpoint = Path(str(cfg.checkpoint)).expanduser()
-    if not (checkpoint / POLICY_FILE).is_file():
-        found = f"has no {POLICY_FILE}" if checkpoint.is_dir() else "is not a folder"
-        raise UserError(f"checkpoint: {checkpoint} {found}; give the policy folder that dtvla train wrote")
+    source = locate(str(cfg.checkpoint))
     env = cfg.env
     tasks = get_tasks(env.suite, env.task_ids)
     init_states = _init_states(cfg.init_states, tasks)
     limit = step_limit(env.suite, env.protocol)
     settings = {
-        "checkpoint_sha256": _digest(checkpoint),
+        "checkpoint_sha256": _digest(source),
         "suite": env.suite,
         "task_ids": [task.task_id for task in tasks],
         "init_states": init_states,
@@ -91,8 +88,10 @@ def make_plan(cfg: "DictConfig") -> Plan:
         "render": env.render,
         "image_size": env.image_size,
         "cot": OmegaConf.to_container(cfg.cot, resolve=True),
+        "compat": OmegaConf.to_container(cfg.compat, resolve=True),
+        "quantize": cfg.quantize,
     }
-    return Plan(checkpoint, _output(cfg, checkpoint), tasks, init_states, settings)
+    return Plan(source.folder, _output(cfg), tasks, init_states, settings)
 
 
 def finished_results(plan: Plan) -> Results | None:
@@ -130,6 +129,9 @@ def print_summary(results: Results, output: Path) -> None:
     latency = results.decision_latency()
     if latency is not None:
         console.print(f"median decision {1000 * latency:.0f} ms, evaluation {results.provenance['seconds']:.0f} s")
+    tokens = results.thought_tokens_per_forward()
+    if tokens is not None:
+        console.print(f"thought tokens per forward {tokens:.2f}")
     console.print(f"results: {output / records.RESULTS_FILE}", soft_wrap=True, highlight=False)
     for episode in results.episodes:
         if episode.video:
@@ -153,6 +155,7 @@ def usable_cores() -> int:
 
 
 def _run(cfg: "DictConfig", plan: Plan) -> Results:
+    from dtvla.policy import compat
     from dtvla.policy.cot import CotMode
     from dtvla.rollout.progress import EpisodeProgress
     from dtvla.rollout.runner import episode_specs, run_episodes
@@ -160,7 +163,9 @@ def _run(cfg: "DictConfig", plan: Plan) -> Results:
 
     started, clock = records.now(), time.monotonic()
     env = cfg.env
+    published = compat.Compat.from_config(plan.settings["compat"])
     policy = _load_policy(cfg, plan.checkpoint)
+    compat.apply(policy, published)
     cot = CotMode.from_config(plan.settings["cot"])
     specs = episode_specs(
         plan.tasks, plan.init_states, seed=cfg.seed, max_steps=plan.settings["max_steps"], record=cfg.record
@@ -188,6 +193,7 @@ def _run(cfg: "DictConfig", plan: Plan) -> Results:
 def _load_policy(cfg: "DictConfig", checkpoint: Path) -> "Policy":
     import torch
 
+    from dtvla.policy import quantization
     from dtvla.policy.policy import Policy
 
     device = str(cfg.device)
@@ -202,6 +208,8 @@ def _load_policy(cfg: "DictConfig", checkpoint: Path) -> "Policy":
     threads = 1 if cfg.threads == "auto" else int(cfg.threads)
     torch.set_num_threads(threads)
     policy = Policy.load(checkpoint, device=device, dtype=dtype)
+    if cfg.quantize is not None and quantization.bits_of(policy.model) != cfg.quantize:
+        quantization.quantize(policy.model, str(cfg.quantize))
     unknown = [camera for camera in policy.processor.images.cameras if camera not in CAMERAS]
     if unknown:
         raise UserError(
@@ -213,7 +221,7 @@ def _load_policy(cfg: "DictConfig", checkpoint: Path) -> "Policy":
 
 def _batch_size(setting: int | str, policy: "Policy") -> int | None:
     if setting == "auto":
-        return 1 if policy.model.device.type == "cpu" else None
+        return 1 if policy.model.device.type == "cpu" or policy.model.pads_visible else None
     if not isinstance(setting, int) or setting < 1:
         raise UserError(f"batch_size: {setting!r} is not a number of observations; use auto or 1, 2, ...")
     return setting
@@ -233,18 +241,18 @@ def _init_states(setting: Sequence[int] | None, tasks: Sequence[Task]) -> list[i
     return chosen
 
 
-def _output(cfg: "DictConfig", checkpoint: Path) -> Path:
+def _output(cfg: "DictConfig") -> Path:
     if cfg.output is not None:
         return Path(str(cfg.output)).expanduser()
-    folder = checkpoint.resolve()
+    folder = Path(str(cfg.checkpoint)).expanduser().resolve()  # of a hub id, OWNER/NAME, the last part is a name too
     run = folder.parent.name if folder.name == "policy" else folder.name
     return Path(str(cfg.paths.root)) / "evaluations" / run / f"{cfg.env.suite}-{cfg.cot.mode}"
 
 
-def _digest(checkpoint: Path) -> str:
+def _digest(source: Source) -> str:
     """One sha256 over the files that decide what the policy does."""
     total = hashlib.sha256()
-    for path in sorted([*checkpoint.glob("*.json"), *checkpoint.glob("*.safetensors")]):
+    for path in source.files():
         with path.open("rb") as file:
             total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()

@@ -45,11 +45,15 @@ class Thought:
         step: policy steps taken in the episode before this decision (0 at the first).
         text: the thought, without control tags.
         truncated: the thought reached its length limit before it closed.
+        tokens: tokens that the model wrote, tags counted; 0 for a thought that it was given.
+        forwards: passes of the model that wrote them; fewer than tokens when the thought before served as a draft.
     """
 
     step: int
     text: str
     truncated: bool = False
+    tokens: int = 0
+    forwards: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,12 @@ class Results:
         """Median seconds that a decision took, or None without decisions."""
         seconds = sorted(s for e in self.episodes for s in e.latency)
         return seconds[len(seconds) // 2] if seconds else None
+
+    def thought_tokens_per_forward(self) -> float | None:
+        """Thought tokens that one pass of the model wrote on average, or None when it wrote no thoughts."""
+        thoughts = [thought for e in self.episodes for thought in e.thoughts]
+        forwards = sum(thought.forwards for thought in thoughts)
+        return sum(thought.tokens for thought in thoughts) / forwards if forwards else None
 
 
 def rate_of(episodes: Iterable[EpisodeResult]) -> Rate:
@@ -244,6 +254,7 @@ def _totals(results: Results) -> dict[str, Any]:
         totals["all"] = results.total().to_dict()
         totals["suites"] = {suite: rate.to_dict() for suite, rate in results.by_suite().items()}
         totals["tasks"] = [{"suite": s, "task_id": t, **rate.to_dict()} for (s, t), rate in results.by_task().items()]
+        totals["thought_tokens_per_forward"] = results.thought_tokens_per_forward()
     return totals
 
 

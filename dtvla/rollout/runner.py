@@ -32,9 +32,14 @@ class ActingPolicy(Protocol):
     """What the runner needs of a policy."""
 
     def act(
-        self, observations: Sequence[Mapping[str, Any]], cot: "CotMode", *, seeds: Sequence[int]
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        cot: "CotMode",
+        *,
+        seeds: Sequence[int],
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> "list[Decision]":
-        """Decide for a batch of observations; `seeds` has one seed for each."""
+        """Decide for a batch of observations; `seeds` has one seed for each, `drafts` the thought before, if any."""
         ...
 
 
@@ -47,6 +52,7 @@ class _Running:
     observation: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     thoughts: list[Thought] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
     latency: list[float] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
     captions: list[Caption] = field(default_factory=list)
@@ -178,10 +184,14 @@ class _Run:
         """Let the policy decide for these workers and send them their chunks."""
         episodes = [self.running[worker] for worker in workers]
         seeds = [decision_seed(e.spec, len(e.thoughts)) for e in episodes]
-        decisions = policy.act([e.observation for e in episodes], cot, seeds=seeds)
+        drafts = [e.draft for e in episodes] if cot.speculate else None
+        decisions = policy.act([e.observation for e in episodes], cot, seeds=seeds, drafts=drafts)
         for worker, episode, decision in zip(workers, episodes, decisions, strict=True):
             self.pool.act(worker, decision.actions_SD)
-            episode.thoughts.append(Thought(episode.step, decision.thought, decision.truncated))
+            ids, forwards = decision.thought_ids, decision.thought_forwards
+            written = len(ids) if forwards else 0
+            episode.thoughts.append(Thought(episode.step, decision.thought, decision.truncated, written, forwards))
+            episode.draft = ids
             episode.latency.append(float(decision.latency_s))
 
     def _take(self, episode: _Running, reply: Reply) -> None:

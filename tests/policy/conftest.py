@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.models.gemma import modeling_gemma
 
+from dtvla.cli import config_dir
 from dtvla.data.normalization import Statistics
 from dtvla.policy.layout import Batch, Example, stack
 from dtvla.policy.policy import Policy, build_policy
@@ -22,7 +23,6 @@ SETTINGS: dict[str, Any] = {
     "chunk": 3,
     "action_dim": 7,
     "action_bins": 32,
-    "action_decode": "fixed",
     "slot_embedding": True,
     "initializer_range": 0.3,  # large, so that every mistake in a mask shows
     "max_prompt_tokens": 40,
@@ -87,6 +87,17 @@ def make_policy(statistics: Statistics) -> Callable[..., Policy]:
         return policy
 
     return make
+
+
+@pytest.fixture(scope="session")
+def published_settings() -> dict[str, Any]:
+    """The ``model`` group of ``model=deepthinkvla``."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("train", ["model=deepthinkvla", "model.checkpoint=null"])
+    return OmegaConf.to_container(cfg.model, resolve=True)  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="session")

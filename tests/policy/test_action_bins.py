@@ -66,3 +66,11 @@ def test_band_lists_the_logits_by_bin() -> None:
 def test_impossible_bins_are_refused(arguments: dict) -> None:
     with pytest.raises(ValueError, match="action bins"):
         ActionBins(**arguments)
+
+
+def test_of_equal_logits_the_lowest_id_is_taken_as_the_published_arg_max_does() -> None:
+    bins = ActionBins(count=8, first_id=100)
+    logits_V = torch.zeros(120)
+    assert bins.last_id - int(bins.most_likely(bins.band(logits_V))) == 100
+    logits_V[[103, 105]] = 1.0
+    assert bins.last_id - int(bins.most_likely(bins.band(logits_V))) == 103

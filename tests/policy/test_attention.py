@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtvla.policy.attention import Segment, mask_mod, positions, visible
+from dtvla.policy.attention import Rule, Segment, block_mask, mask_mod, positions, visible
 
 
 def random_row(rng: np.random.Generator, padding: int) -> list[int]:
@@ -27,27 +27,72 @@ def brute_force(rows: list[list[int]]) -> np.ndarray:
     return result
 
 
+def published(rows: list[list[int]]) -> np.ndarray:
+    """The published construction step by step, with its leak: padding has token type 0, as the prompt has."""
+    length = len(rows[0])
+    result = np.zeros((len(rows), length, length), dtype=bool)
+    for b, row in enumerate(rows):
+        prompt, real = row.count(Segment.PREFIX), length - row.count(Segment.PAD)
+        result[b] = np.tril(np.ones((length, length), dtype=bool))
+        result[b][:, real:] = False
+        token_type_0 = np.array([t < prompt or t >= real for t in range(length)])
+        result[b][:, token_type_0] = True
+        action = row.index(Segment.ACT) if Segment.ACT in row else length
+        result[b][action:] = result[b][-1]
+    return result
+
+
+def padded_rows(rng: np.random.Generator, count: int = 4) -> list[list[int]]:
+    rows = [random_row(rng, rng.integers(0, 4)) for _ in range(count)]
+    longest = max(map(len, rows))
+    return [row + [Segment.PAD] * (longest - len(row)) for row in rows]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_pads_visible_is_the_published_mask_also_for_the_rows_of_padding(seed: int) -> None:
+    rows = padded_rows(np.random.default_rng(seed))
+    rule = Rule(pads_visible=True)
+    assert np.array_equal(visible(torch.tensor(rows), rule=rule).numpy(), published(rows))
+    assert positions(torch.tensor(rows), rule).tolist() == [list(range(1, len(row) + 1)) for row in rows]
+
+
+def test_unpadded_rows_do_not_know_whether_padding_is_visible() -> None:
+    segment_BT = torch.tensor([random_row(np.random.default_rng(11), 0)])
+    rule = Rule(pads_visible=True)
+    assert torch.equal(visible(segment_BT, rule=rule), visible(segment_BT))
+    assert torch.equal(positions(segment_BT, rule), positions(segment_BT))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_causal_actions_see_the_prefix_and_the_past(seed: int) -> None:
+    rows = padded_rows(np.random.default_rng(seed))
+    mask = visible(torch.tensor(rows), rule=Rule(causal_actions=True)).numpy()
+    for row, seen in zip(rows, mask, strict=True):
+        prompt, real = row.count(Segment.PREFIX), len(row) - row.count(Segment.PAD)
+        for q in range(real):
+            assert seen[q].tolist() == [k < real and (k < prompt or k <= q) for k in range(len(row))]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_dense_mask_equals_a_triple_loop(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    rows = [random_row(rng, rng.integers(0, 4)) for _ in range(4)]
-    longest = max(map(len, rows))
-    rows = [row + [Segment.PAD] * (longest - len(row)) for row in rows]
+    rows = padded_rows(rng)
     mask, expected = visible(torch.tensor(rows)).numpy(), brute_force(rows)
     real = np.array(rows) != Segment.PAD
     assert np.array_equal(mask[real], expected[real])
     assert not mask[:, :, :][np.broadcast_to(~real[:, None, :], mask.shape)].any()
 
 
+@pytest.mark.parametrize("rule", [Rule(), Rule(causal_actions=True), Rule(pads_visible=True), Rule(True, True)])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("seed", range(5))
-def test_flex_mask_equals_dense_mask(seed: int, packed: bool) -> None:
+@pytest.mark.parametrize("seed", range(2))
+def test_flex_mask_equals_dense_mask(seed: int, packed: bool, rule: Rule) -> None:
     rng = np.random.default_rng(seed)
     rows = [random_row(rng, 0) + random_row(rng, 3) for _ in range(3)]
     longest = max(map(len, rows))
     segment_BT = torch.tensor([row + [Segment.PAD] * (longest - len(row)) for row in rows])
     sample_BT = torch.from_numpy(np.sort(rng.integers(0, 3, (3, longest)), axis=1)) if packed else None
-    see, dense = mask_mod(segment_BT, sample_BT), visible(segment_BT, sample_BT)
+    see, dense = mask_mod(segment_BT, sample_BT, rule), visible(segment_BT, sample_BT, rule=rule)
     index = [torch.tensor(i) for i in range(max(3, longest))]
     elementwise = torch.tensor(
         [
@@ -56,6 +101,7 @@ def test_flex_mask_equals_dense_mask(seed: int, packed: bool) -> None:
         ]
     )
     assert torch.equal(elementwise, dense)
+    assert block_mask(segment_BT, sample_BT, rule).shape == (3, 1, longest, longest)
 
 
 def test_packed_samples_do_not_see_each_other() -> None:
@@ -69,13 +115,6 @@ def test_packed_samples_do_not_see_each_other() -> None:
     assert not mask[n:, :n].any()
     assert torch.equal(mask[:n, :n], visible(torch.tensor([first]))[0])
     assert torch.equal(mask[n:, n:], visible(torch.tensor([second]))[0])
-
-
-def test_rows_of_later_queries_are_the_rows_of_the_full_mask() -> None:
-    segment_BT = torch.tensor([random_row(np.random.default_rng(4), 2)])
-    full = visible(segment_BT)
-    for first in range(segment_BT.shape[1]):
-        assert torch.equal(visible(segment_BT, first_query=first), full[:, first:])
 
 
 def test_positions_are_one_based_and_skip_padding() -> None:

@@ -122,7 +122,7 @@ def test_other_format_statistics_and_weights_are_refused(
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 3
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="missing keys"):
+    with pytest.raises(UserError, match="missing weights: model.language_model.layers.2"):
         Policy.load(copy)
 
 
@@ -171,5 +171,5 @@ def test_absent_checkpoints_say_what_to_download_where(
         build_policy(published, [], statistics)
     with pytest.raises(UserError, match="no folder"):
         build_policy(SETTINGS | {"checkpoint": "/nowhere/at/all"}, [], statistics)
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match="an empty folder"):
         build_policy(SETTINGS | {"checkpoint": str(tmp_path)}, [], statistics)

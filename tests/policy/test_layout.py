@@ -17,8 +17,9 @@ def test_sequence_reads_as_documented(policy: Policy) -> None:
     example = layout.encode("Move_the RED bowl", "the gripper is above", actions_SD)
     tokens = layout.tokenizer.convert_ids_to_tokens(example.input_ids_T.tolist())
     text = "<image>" * 8 + "<bos>|think: move the red bowl\n|<think> the gripper is above</think><action>"
+    actions = "".join(layout.tokenizer.convert_ids_to_tokens(layout.bins.encode(actions_SD).flatten().tolist()))
     decoded = "".join(tokens).replace("Ġ", " ").replace("Ċ", "\n")
-    assert decoded == text.replace("|", "").replace("<bos>think", "<bos> think") + "<bos>" * 21 + "</action><eos>"
+    assert decoded == text.replace("|", "").replace("<bos>think", "<bos> think") + actions + "</action><eos>"
     assert layout.bins.decode(example.labels_T[example.slot_T]).reshape(3, 7).numpy() == pytest.approx(
         actions_SD.numpy(), abs=layout.bins.width
     )
@@ -27,7 +28,7 @@ def test_sequence_reads_as_documented(policy: Policy) -> None:
     assert example.slot_T.nonzero()[:, 0].tolist() == block[1:-2].tolist()
 
 
-def test_everything_after_the_prompt_is_supervised_and_no_input_holds_an_action(policy: Policy) -> None:
+def test_everything_after_the_prompt_is_supervised_and_only_slots_hold_actions(policy: Policy) -> None:
     rng = np.random.default_rng(0)
     layout = policy.processor.layout
     for _ in range(20):
@@ -35,10 +36,9 @@ def test_everything_after_the_prompt_is_supervised_and_no_input_holds_an_action(
         prefix = example.segment_T == Segment.PREFIX
         assert (example.labels_T[prefix] == IGNORE).all()
         assert (example.labels_T[~prefix] != IGNORE).all()
-        same = ~prefix & ~example.slot_T
-        assert torch.equal(example.labels_T[same], example.input_ids_T[same])
+        assert torch.equal(example.labels_T[~prefix], example.input_ids_T[~prefix])
         low, high = layout.bins.first_id, layout.bins.last_id
-        assert not ((example.input_ids_T >= low) & (example.input_ids_T <= high)).any()
+        assert torch.equal((example.input_ids_T >= low) & (example.input_ids_T <= high), example.slot_T)
 
 
 def test_sample_without_thought_has_a_prompt_that_does_not_ask_for_one(policy: Policy) -> None:
@@ -50,6 +50,7 @@ def test_sample_without_thought_has_a_prompt_that_does_not_ask_for_one(policy: P
         assert len(ids) < len(layout.prompt("move down"))
         assert (example.segment_T == Segment.THINK).sum() == 2
         assert (example.labels_T[example.slot_T] == IGNORE).all()
+        assert (example.input_ids_T[example.slot_T] == layout.vocabulary.bos_id).all()
 
 
 def test_thought_text_survives(policy: Policy) -> None:

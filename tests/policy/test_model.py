@@ -1,19 +1,26 @@
 """The model against transformers' own forward, and the invariances of the hybrid mask, in float64."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PaliGemmaForConditionalGeneration
 
 from dtvla.errors import UserError
+from dtvla.policy.attention import positions
 from dtvla.policy.layout import IGNORE, Batch, Segment
-from dtvla.policy.model import make_config, supervised_positions
+from dtvla.policy.loss import sft_loss
+from dtvla.policy.model import HybridVLA, configure, make_config, supervised_positions
 from dtvla.policy.policy import Policy
+from dtvla.policy.vocabulary import Vocabulary
 
 from .conftest import SETTINGS, make_batch, random_example, sentence
+from .test_vocabulary import PUBLISHED_CONFIG
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 
@@ -24,19 +31,21 @@ def transformers_logits(policy: Policy, batch: Batch) -> torch.Tensor:
     published = PaliGemmaForConditionalGeneration(model.config).double().eval()
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("slot_embedding")}
     published.load_state_dict(weights)
+    autoregressive = model.config.action_decoder == "autoregressive"
     length = batch.segment_BT.shape[1]
     mask = torch.zeros(len(batch), 1, length, length, dtype=torch.bool)
     for b, row in enumerate(batch.segment_BT.tolist()):
         prefix = row.count(Segment.PREFIX)
         for q in range(length):
-            reach = prefix if q < prefix else length if row[q] == Segment.ACT else q + 1
+            reach = prefix if q < prefix else length if row[q] == Segment.ACT and not autoregressive else q + 1
             mask[b, 0, q, :reach] = True
     embeddings = published.get_input_embeddings()(batch.input_ids_BT)
     slots = torch.zeros_like(embeddings)
     if model.slot_embedding is not None:
         scaled = model.slot_embedding.weight * model.config.text_config.hidden_size**0.5
         slots[batch.slot_BT] = scaled.repeat(len(batch), 1)
-    embeddings = torch.where(batch.slot_BT[..., None], slots, embeddings)
+    if not autoregressive:
+        embeddings = torch.where(batch.slot_BT[..., None], slots, embeddings)
     pixels = (batch.pixels_BNCHW.double() / 255 - 0.5) / 0.5
     for b in range(len(batch)):
         images = published.get_image_features(pixels[b]).pooler_output.flatten(0, 1)
@@ -44,9 +53,12 @@ def transformers_logits(policy: Policy, batch: Batch) -> torch.Tensor:
     return published(inputs_embeds=embeddings, attention_mask=mask).logits
 
 
-@pytest.mark.parametrize("slot_embedding", [True, False])
-def test_logits_equal_transformers_own_forward(make_policy: Callable[..., Policy], slot_embedding: bool) -> None:
-    policy, rng = make_policy(slot_embedding=slot_embedding), np.random.default_rng(0)
+MODELS = [{"slot_embedding": True}, {"slot_embedding": False}, {"slot_embedding": False, "decoder": "autoregressive"}]
+
+
+@pytest.mark.parametrize("changes", MODELS)
+def test_logits_equal_transformers_own_forward(make_policy: Callable[..., Policy], changes: dict[str, Any]) -> None:
+    policy, rng = make_policy(**changes), np.random.default_rng(0)
     for _ in range(4):
         batch = make_batch(policy, [random_example(policy, rng)])
         with torch.no_grad():
@@ -134,6 +146,119 @@ def test_fresh_rows_of_neighbouring_bins_are_similar(make_policy: Callable[..., 
     assert policy.model.lm_head.weight is table
 
 
-def test_image_size_must_fit_the_patches(policy: Policy) -> None:
+def test_visible_padding_disturbs_a_padded_row_and_no_other(make_policy: Callable[..., Policy]) -> None:
+    policy, rng = make_policy(), np.random.default_rng(5)
+    short, long = random_example(policy, rng), random_example(policy, rng)
+    while len(long[0].input_ids_T) <= len(short[0].input_ids_T):
+        long = random_example(policy, rng)
+    batch = make_batch(policy, [short, long])
+    with torch.no_grad():
+        clean = policy.model.encode(batch)
+        policy.model.pads_visible = True
+        leaking = policy.model.encode(batch)
+    moved = (leaking - clean).abs().amax(-1)
+    assert (moved[0, : len(short[0].input_ids_T)] > 1e-6).all()
+    assert moved[1].max() < 1e-12
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("changes", [*MODELS, {"pads_visible": True}])
+def test_flex_attention_equals_sdpa(make_policy: Callable[..., Policy], changes: dict[str, Any], packed: bool) -> None:
+    rng = np.random.default_rng(6)
+    policy = make_policy(**changes)
+    model = policy.model
+    model.pads_visible = changes.get("pads_visible", False)
+    for count in (2, 3):
+        batch = make_batch(policy, [random_example(policy, rng) for _ in range(count)])
+        segment_BT, real_BT, sample_BT = batch.segment_BT, batch.segment_BT != Segment.PAD, None
+        if packed:  # two samples in each row, whose padding is a third
+            segment_BT = torch.cat([segment_BT, segment_BT.flip(0)], dim=1)
+            real_BT = segment_BT != Segment.PAD
+            sample_BT = torch.arange(2).repeat_interleave(segment_BT.shape[1] // 2).expand_as(segment_BT)
+        embeddings = model.embed(batch.pixels_BNCHW, batch.input_ids_BT, batch.slot_BT).detach()
+        if packed:
+            embeddings = torch.cat([embeddings, embeddings.flip(0)], dim=1)
+        found = {}
+        for attention in ("sdpa", "flex"):
+            configure(model, SETTINGS | changes | {"attention": attention})
+            with torch.no_grad():
+                mask = model.mask(segment_BT, sample_BT)
+                assert isinstance(mask, BlockMask) == (attention == "flex")
+                found[attention] = model.transform(embeddings, mask, positions(segment_BT, model.rule))[real_BT]
+                if not packed:
+                    assert torch.equal(model.encode(batch)[real_BT], found[attention])
+        assert (found["flex"] - found["sdpa"]).abs().max() < 1e-9
+
+
+def test_flex_attention_without_gradients_is_named_on_the_cpu(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy(attention="flex")
+    batch = make_batch(policy, [random_example(policy, np.random.default_rng(7))])
+    with pytest.raises(UserError, match="model.attention: flex"):
+        policy.model(batch)
+
+
+@pytest.mark.parametrize("frozen", [(), ("embed_tokens", "vision_tower")])
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(
+    make_policy: Callable[..., Policy], frozen: tuple[str, ...]
+) -> None:
+    batch, found, forwards = None, [], []
+    for gradient_checkpointing in (False, True):
+        policy = make_policy(gradient_checkpointing=gradient_checkpointing)
+        batch = batch or make_batch(policy, [random_example(policy, np.random.default_rng(8)) for _ in range(3)])
+        for name, parameter in policy.model.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in frozen))
+        calls: list[int] = []
+        policy.model.model.language_model.layers[1].mlp.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+        loss = sft_loss(policy.model.train(), batch, policy.processor.layout.bins).mean
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in policy.model.parameters() if p.requires_grad)])
+        forwards.append(len(calls))
+    assert forwards == [1, 2]
+    for plain, again in zip(*found, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_published_shape_has_the_published_number_of_parameters(published_settings: dict[str, Any]) -> None:
+    config = make_config(published_settings, Vocabulary.from_config(PUBLISHED_CONFIG))
+    with torch.device("meta"):
+        model = HybridVLA(config)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.model.named_children()}
+    assert counts["vision_tower"] == 412_442_352
+    assert counts["multi_modal_projector"] == 1152 * 2048 + 2048
+    assert counts["language_model"] == 257_157 * 2048 + 1_981_882_368 + 2048
+    assert sum(p.numel() for p in model.parameters()) == sum(counts.values()) == 2_923_345_648
+
+
+def test_padded_vocabulary_gives_the_table_its_rows(make_policy: Callable[..., Policy]) -> None:
+    policy, plain = make_policy(vocabulary_size=1000), make_policy()
+    assert policy.model.get_input_embeddings().weight.shape[0] == policy.processor.layout.vocabulary.size == 1000
+    assert policy.processor.layout.prompt("move down") == plain.processor.layout.prompt("move down")
+
+
+def test_batches_that_do_not_fit_the_model_are_named(policy: Policy) -> None:
+    batch = make_batch(policy, [random_example(policy, np.random.default_rng(9)) for _ in range(2)])
+    size = policy.processor.layout.vocabulary.size
+    changed = {name: getattr(batch, name).clone() for name in ("input_ids_BT", "labels_BT")}
+    for name, wrong in (("input_ids_BT", size), ("input_ids_BT", -1), ("labels_BT", size)):
+        ids_BT = changed[name].clone()
+        ids_BT[1, 10] = wrong
+        with pytest.raises(UserError, match=f"token {wrong} is outside"):
+            policy.model(replace(batch, **{name: ids_BT}))
+    for cameras in (batch.pixels_BNCHW[:, :1], batch.pixels_BNCHW.repeat(1, 2, 1, 1, 1)):
+        with pytest.raises(UserError, match=f"{cameras.shape[1]} pictures"):
+            policy.model(replace(batch, pixels_BNCHW=cameras))
+    with pytest.raises(UserError, match=r"pictures: shape .* not \(batch, cameras, 3, 16, 16\)"):
+        policy.model(replace(batch, pixels_BNCHW=batch.pixels_BNCHW[..., :8]))
+
+
+def test_settings_that_contradict_are_named(policy: Policy, make_policy: Callable[..., Policy]) -> None:
     with pytest.raises(UserError, match="patch_size"):
         make_config(SETTINGS | {"image_size": 20}, policy.processor.layout.vocabulary)
+    with pytest.raises(UserError, match="model.attention"):
+        make_policy(attention="flash")
+    with pytest.raises(UserError, match="model.decoder"):
+        make_policy(decoder="diffusion")
+    with pytest.raises(UserError, match="model.slot_embedding"):
+        make_policy(decoder="autoregressive", slot_embedding=True)
+    with pytest.raises(UserError, match="model/decoder=hybrid"):
+        configure(policy.model, {"decoder": "autoregressive"})

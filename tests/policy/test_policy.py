@@ -1,10 +1,14 @@
 """Decisions: modes of thinking, independence of the batch, and what bad input says."""
 
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dtvla.errors import UserError
@@ -24,7 +28,7 @@ def observations(policy: Policy, count: int, seed: int = 0) -> list[dict[str, An
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("mode", STRATEGIES)
 def test_a_decision_does_not_depend_on_its_batch(policy: Policy, mode: str, temperature: float) -> None:
-    cot = CotMode(mode, temperature=temperature, max_tokens=8, length=5)
+    cot = CotMode(mode, temperature=temperature, action_temperature=1.6 * temperature, max_tokens=8, length=5)
     rows = observations(policy, 4)
     together = policy.act(rows, cot, seeds=[11, 12, 13, 14])
     for index, row in enumerate(rows):
@@ -32,6 +36,76 @@ def test_a_decision_does_not_depend_on_its_batch(policy: Policy, mode: str, temp
         assert together[index].thought_ids == alone.thought_ids
         assert together[index].truncated == alone.truncated
         np.testing.assert_array_equal(together[index].actions_SD, alone.actions_SD)
+        np.testing.assert_allclose(together[index].thought_log_probs, alone.thought_log_probs, atol=1e-9)
+        np.testing.assert_allclose(together[index].action_log_probs_A, alone.action_log_probs_A, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_speculation_changes_forwards_and_nothing_else(policy: Policy, temperature: float) -> None:
+    """Drafts of the decision before, one of them for another thought; later random numbers are the same, too."""
+    plain = CotMode(temperature=temperature, action_temperature=temperature, max_tokens=12)
+    quick = replace(plain, speculate=True)
+    rows, seeds = observations(policy, 3), [1, 2, 3]
+    first = policy.act(rows, plain, seeds=seeds)
+    drafts = [first[0].thought_ids, first[0].thought_ids, []]
+    second = policy.act(rows, quick, seeds=seeds, drafts=drafts)
+    ignored = policy.act(rows, plain, seeds=seeds, drafts=drafts)
+    for before, after, same in zip(first, second, ignored, strict=True):
+        assert before.thought_ids == after.thought_ids
+        np.testing.assert_array_equal(before.actions_SD, after.actions_SD)
+        assert before.thought_forwards == same.thought_forwards == len(before.thought_ids)
+    assert second[0].thought_forwards < first[0].thought_forwards / 3
+    assert second[2].thought_forwards == first[2].thought_forwards
+
+
+def test_actions_are_sampled_at_their_own_temperature(policy: Policy) -> None:
+    """Bins, log-probabilities and robot units of one decision agree; a cold sample is the greedy choice."""
+    row, layout = observations(policy, 1), policy.processor.layout
+    greedy = policy.act(row, CotMode("mask"))[0]
+    cold = policy.act(row, CotMode("mask", action_temperature=1e-6), seeds=[5])[0]
+    warm = [policy.act(row, CotMode("mask", action_temperature=1.6), seeds=[s])[0] for s in range(3)]
+    np.testing.assert_array_equal(cold.actions_SD, greedy.actions_SD)  # bins 0 and 1 have one value and may tie
+    assert len({tuple(d.action_bins_A) for d in warm}) == 3
+    assert warm[0].thought_ids == greedy.thought_ids
+    context = policy.engine.read(policy.processor.pixels(row[0])[None], [layout.prompt(row[0]["instruction"])])
+    policy.engine.feed(context, [layout.thought(None)])
+    logits_AK = policy.engine.action_logits(context)[0]
+    for decision, temperature in ((greedy, 1.0), (warm[0], 1.6)):
+        bins_A = torch.from_numpy(decision.action_bins_A)
+        expected_A = (logits_AK / temperature).log_softmax(-1).gather(1, bins_A[:, None])[:, 0]
+        np.testing.assert_allclose(decision.action_log_probs_A, expected_A, atol=1e-5)
+        robot_SD = policy.processor.normalizer.unnormalize(layout.bins.value(bins_A).view(1, 3, 7).numpy())[0]
+        np.testing.assert_array_equal(decision.actions_SD, robot_SD.astype(np.float32))
+    assert policy.act(row, CotMode("mask"))[0].thought_log_probs == []
+
+
+@pytest.mark.parametrize("mode", ["think", "none"])
+def test_an_autoregressive_decoder_decides_in_every_way(make_policy: Callable[..., Policy], mode: str) -> None:
+    policy = make_policy(decoder="autoregressive", slot_embedding=False)
+    rows = observations(policy, 2)
+    decisions = policy.act(rows, CotMode(mode, max_tokens=5, action_temperature=1.0), seeds=[1, 2])
+    assert decisions[0].actions_SD.shape == (3, 7)
+    alone = policy.act(rows[1:], CotMode(mode, max_tokens=5, action_temperature=1.0), seeds=[2])[0]
+    np.testing.assert_array_equal(decisions[1].actions_SD, alone.actions_SD)
+
+
+def test_random_thoughts_stay_below_their_limit(policy: Policy) -> None:
+    """The published limit, and the text ids where they are fewer."""
+    words, row = policy.processor.layout.vocabulary, observations(policy, 1)
+    low = policy.act(row, CotMode("random", length=30, id_limit=20), seeds=[1])[0].thought_ids
+    assert max(low[1:-2]) < 20
+    every = policy.act(row, CotMode("random", length=30), seeds=[1])[0].thought_ids
+    assert 20 < max(every[1:-2]) < words.action_first_id
+    with pytest.raises(UserError, match="id_limit"):
+        policy.act(row, CotMode("random", id_limit=1), seeds=[1])
+
+
+def test_visible_padding_is_decided_one_by_one(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy()
+    policy.model.pads_visible = True
+    policy.act(observations(policy, 1), CotMode("mask"))
+    with pytest.raises(UserError, match="batch_size=1"):
+        policy.act(observations(policy, 2), CotMode("mask"))
 
 
 def test_modes_condition_the_actions_on_the_right_thought(policy: Policy) -> None:
@@ -75,13 +149,10 @@ def test_shuffling_restores_the_cache_of_the_prompt(policy: Policy) -> None:
     shuffled = policy.act([row], CotMode("shuffle", max_tokens=12), seeds=[5])[0]
     given = policy.act([row], CotMode("think", max_tokens=12))[0]
     assert shuffled.truncated == given.truncated
-    from dtvla.policy import decoding
-
     pixels = policy.processor.pixels(row)[None]
-    with torch.no_grad():
-        context = decoding.read(policy.model, pixels, [layout.prompt(row["instruction"])], 0)
-        decoding.feed_thoughts(policy.model, context, [shuffled.thought_ids[:-1]], 0)
-        actions = decoding.act(policy.model, context, layout).float().numpy()
+    context = policy.engine.read(pixels, [layout.prompt(row["instruction"])])
+    policy.engine.feed(context, [shuffled.thought_ids[:-1]])
+    actions = layout.bins.value(policy.engine.act(context).bins_BA).view(1, 3, 7).numpy()
     np.testing.assert_array_equal(policy.processor.normalizer.unnormalize(actions)[0], shuffled.actions_SD)
 
 
@@ -131,14 +202,15 @@ def test_unfit_cot_settings_are_refused(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
-def test_every_cot_configuration_file_is_a_mode(name: str, repository: Any) -> None:
-    settings = OmegaConf.to_container(OmegaConf.load(repository / "conf" / "cot" / f"{name}.yaml"))
-    assert CotMode.from_config(settings).mode == name
+def test_every_cot_configuration_file_is_a_mode(name: str, repository: Path) -> None:
+    """The files say what the code's defaults are, and differ in the mode alone."""
+    with initialize_config_dir(str(repository / "conf" / "cot"), version_base="1.3"):
+        settings = OmegaConf.to_container(compose(name))
+    assert CotMode.from_config(settings) == CotMode(name)
+    assert set(settings) == {field.name for field in fields(CotMode)}
 
 
-def test_settings_of_the_test_model_are_those_of_the_shipped_ones(repository: Any) -> None:
-    for name in ("nano", "small"):
+def test_settings_of_the_test_model_are_among_the_shipped_ones(repository: Path) -> None:
+    for name in ("nano", "small", "deepthinkvla"):
         shipped = OmegaConf.load(repository / "conf" / "model" / f"{name}.yaml")
-        assert set(shipped) - {"name"} == set(SETTINGS)
-    published = OmegaConf.load(repository / "conf" / "model" / "deepthinkvla.yaml")
-    assert set(published) < set(shipped)
+        assert set(SETTINGS) <= set(shipped)

@@ -22,7 +22,9 @@ def random_results(seed: int, suites: int = 2) -> Results:
             seed=int(rng.integers(1 << 40)),
             success=bool(rng.random() < 0.6),
             steps=int(rng.integers(1, 300)),
-            thoughts=[Thought(10 * k, f"thought {k} \u2014 \u00fc", bool(rng.random() < 0.2)) for k in range(3)],
+            thoughts=[
+                Thought(10 * k, f"thought {k} \u2014 \u00fc", bool(rng.random() < 0.2), 20, 4 + i) for k in range(3)
+            ],
             latency=[float(x) for x in rng.random(3)],
             video="videos/a.mp4" if i == 0 else None,
         )
@@ -48,8 +50,24 @@ def test_totals_in_the_file_are_counted_from_its_episodes(tmp_path: Path) -> Non
         assert task["episodes"] == len(own)
         assert task["successes"] == sum(e["success"] for e in own)
         assert task["low"] <= task["rate"] <= task["high"]
+    thoughts = [thought for e in document["episodes"] for thought in e["thoughts"]]
+    per_forward = sum(t["tokens"] for t in thoughts) / sum(t["forwards"] for t in thoughts)
+    assert document["totals"]["thought_tokens_per_forward"] == pytest.approx(per_forward)
     every = document["totals"]["all"]
     assert every["episodes"] == len(document["episodes"]) == sum(t["episodes"] for t in document["totals"]["tasks"])
+
+
+def test_given_thoughts_have_no_tokens_per_forward(tmp_path: Path) -> None:
+    """Nor do results that were written before tokens were counted; they can still be read."""
+    episode = EpisodeResult("suite", 0, "put", 0, 0, True, 10, [Thought(0, "red bowl")], [0.1])
+    path = write_results(Results({}, {}, [episode]), tmp_path)
+    text = path.read_text()
+    assert json.loads(text)["totals"]["thought_tokens_per_forward"] is None
+    document = json.loads(text)
+    for key in ("tokens", "forwards"):
+        del document["episodes"][0]["thoughts"][0][key]
+    path.write_text(json.dumps(document))
+    assert read_results(path).thought_tokens_per_forward() is None
 
 
 def test_finished_results_are_never_overwritten(tmp_path: Path) -> None:
