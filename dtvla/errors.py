@@ -1,5 +1,7 @@
 """The one exception that users are meant to read."""
 
+from collections.abc import Collection
+
 
 class UserError(Exception):
     """Something that the user can mend: a setting, a path, a file, a missing system package.
@@ -7,3 +9,14 @@ class UserError(Exception):
     The message is one sentence or two in the form ``setting: what was found; what to do``. Entry points print it
     without a stack and exit with code 2 (see :mod:`dtvla.cli`). Anything else that is raised is a defect of dtvla.
     """
+
+
+def check_keys(group: str, found: Collection[str], known: Collection[str]) -> None:
+    """Refuse settings that a group does not have.
+
+    Raises:
+        UserError: names them, and those that there are.
+    """
+    unknown = sorted(set(found) - set(known))
+    if unknown:
+        raise UserError(f"{group}: unknown setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")

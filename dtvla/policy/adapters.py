@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dtvla.errors import UserError
+from dtvla.errors import UserError, check_keys
 from dtvla.policy import quantization
 
 if TYPE_CHECKING:
@@ -68,9 +68,7 @@ class LoraSettings:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> LoraSettings:
         """Read the ``model.lora`` mapping; :class:`UserError` for unknown or impossible values."""
-        unknown = sorted(set(values) - {field.name for field in fields(LoraSettings)})
-        if unknown:
-            raise UserError(f"model.lora: unknown setting {', '.join(unknown)}")
+        check_keys("model.lora", values, [field.name for field in fields(LoraSettings)])
         lists = {
             key: None if values[key] is None else tuple(values[key]) for key in ("parts", "modules") if key in values
         }

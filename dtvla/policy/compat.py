@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, get_args
 
-from dtvla.errors import UserError
+from dtvla.errors import UserError, check_keys
 from dtvla.policy.action_bins import DecodeMode
 
 if TYPE_CHECKING:
@@ -41,10 +41,7 @@ class Compat:
     @classmethod
     def from_config(cls, settings: Mapping[str, Any]) -> Compat:
         """From the ``compat`` group; :class:`UserError` for a key it does not have."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(settings) - known)
-        if unknown:
-            raise UserError(f"compat: unknown setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        check_keys("compat", settings, [field.name for field in fields(cls)])
         return cls(**dict(settings))
 
 

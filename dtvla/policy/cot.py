@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dtvla.errors import UserError
+from dtvla.errors import UserError, check_keys
 from dtvla.policy.layout import Layout
 
 
@@ -175,8 +175,5 @@ class CotMode:
     @classmethod
     def from_config(cls, settings: Mapping[str, Any]) -> CotMode:
         """From the ``cot`` group; :class:`UserError` for a key it does not have."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(settings) - known)
-        if unknown:
-            raise UserError(f"cot: unknown setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        check_keys("cot", settings, [field.name for field in fields(cls)])
         return cls(**dict(settings))
