@@ -20,33 +20,35 @@ COMPILED_SHAPES = 256  # torch stops with an error when it compiles one function
 
 def decoder_layer(
     layer: Any,
-    x_BQD: Tensor,
+    x_ND: Tensor,
     rotation: tuple[Tensor, Tensor],
     cache: tuple[Tensor, Tensor],
     place_N: Tensor,
     bias: Tensor | None,
+    rows: int,
     columns: int,
 ) -> Tensor:
     """One Gemma layer for new tokens over cached ones.
 
     Args:
         layer: transformers' ``GemmaDecoderLayer``.
-        x_BQD: hidden states of the new tokens; a single one may be repeated.
+        x_ND: hidden states of the N = B * Q new tokens; a single one may be repeated.
         rotation: cosines and (signed) sines (B, Q, 1, head width) of their positions.
         cache: keys and values (R, C, key heads, head width) of this layer; written in place.
-        place_N: where in the flattened (R * C) cache each of the N = B * Q tokens belongs.
+        place_N: where in the flattened (R * C) cache each token belongs.
         bias: added to attention scores (B, 1, Q * group, T); None when all queries see all T columns.
+        rows: B.
         columns: T.
     """
-    attention, rows, new = layer.self_attn, len(x_BQD), len(place_N) // len(x_BQD)
-    normed = rms_norm(layer.input_layernorm, x_BQD)
+    attention, tokens, new = layer.self_attn, len(place_N), len(place_N) // rows
+    normed = rms_norm(layer.input_layernorm, x_ND)
     heads, width = cache[0].shape[-2:]
     if hasattr(attention, "fused"):
         joint = attention.fused(normed)
     else:
         parts = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
         joint = torch.cat(parts, dim=-1)
-    joint = joint[:, :new].view(rows, new, -1, width)
+    joint = joint[:tokens].view(rows, new, -1, width)
     rotated, value = _rotate(joint[:, :, :-heads], rotation), joint[:, :, -heads:]
     query, key = rotated[:, :, :-heads], rotated[:, :, -heads:]
     for stored, fresh in zip(cache, (key, value), strict=True):
@@ -55,13 +57,13 @@ def decoder_layer(
     query = query.reshape(rows, new, heads, -1, width).transpose(1, 2).reshape(rows, heads, -1, width)
     keys, values = (stored[:rows, :columns].transpose(1, 2) for stored in cache)
     mixed = functional.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=attention.scaling)
-    mixed = mixed.reshape(rows, heads, new, -1, width).transpose(1, 2).reshape(rows, new, -1)
-    x_BQD = x_BQD + attention.o_proj(mixed)
-    normed = rms_norm(layer.post_attention_layernorm, x_BQD)
+    mixed = mixed.reshape(rows, heads, new, -1, width).transpose(1, 2).reshape(tokens, -1)
+    x_ND = x_ND + attention.o_proj(mixed.expand(len(x_ND), -1))
+    normed = rms_norm(layer.post_attention_layernorm, x_ND)
     if hasattr(layer.mlp, "fused"):
         gate, up = layer.mlp.fused(normed).chunk(2, dim=-1)
-        return x_BQD + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
-    return x_BQD + layer.mlp(normed)
+        return x_ND + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
+    return x_ND + layer.mlp(normed)
 
 
 def rms_norm(norm: Any, x: Tensor) -> Tensor:

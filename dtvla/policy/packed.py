@@ -92,7 +92,7 @@ def twin(module: nn.Module, keep: nn.Module | None = None) -> nn.Module:
 
 
 def lean(layer: nn.Module) -> None:
-    """Let a twin's Gemma layer, as :func:`dtvla.policy.runtime.decoder_layer` runs it, need fewer operations."""
+    """Let a twin's Gemma layer, as :func:`dtvla.policy.gemma.decoder_layer` runs it, need fewer operations."""
     for part, names in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))):
         _fuse(layer.get_submodule(part), names)
     for name in ("input_layernorm", "post_attention_layernorm"):

@@ -25,6 +25,8 @@ BITS = ("8bit", "4bit")
 BLOCK = 64  # weights that share a 4-bit scale
 OUTLIER = 6.0  # LLM.int8()'s threshold, as published
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it reports each cast, and kernels it can do without
+
 
 @torch.no_grad()
 def quantize(model: HybridVLA, bits: str, compute_dtype: torch.dtype | None = None) -> None:
@@ -38,7 +40,6 @@ def quantize(model: HybridVLA, bits: str, compute_dtype: torch.dtype | None = No
     Raises:
         UserError: unknown ``bits``, the model is quantised already, or a layer's rows are no whole blocks.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports each cast and each kernel it has not got
     if bits not in BITS:
         raise UserError(f"quantize: {bits!r} is unknown; use null, {' or '.join(BITS)}")
     if bits_of(model):

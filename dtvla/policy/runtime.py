@@ -192,13 +192,13 @@ class Runtime:
         bias = _bias(column_BQ + 1 if causal else start_B1 + length_B1, plan, self._group, self.keys.dtype)
         rotation = (self._cos[column_BQ].unsqueeze(2), self._sin[column_BQ].unsqueeze(2))
         place_N = (column_BQ + torch.arange(plan.rows, device=self.device).unsqueeze(1) * self.columns).flatten()
-        hidden_BQD = self._embed(plan, ids_BT, images_BID)
-        if self._lean and plan.rows == plan.new == 1:  # products of a few rows are faster than those of one
-            hidden_BQD = hidden_BQD.expand(-1, packed.FEWEST_ROWS, -1).contiguous()
-        for index, layer in enumerate(self._language.layers):
-            cache = (self.keys[index], self.values[index])
-            hidden_BQD = self._layer(layer, hidden_BQD, rotation, cache, place_N, bias, plan.columns)
-        hidden_BQD = rms_norm(self._language.norm, hidden_BQD[:, : plan.new])
+        x_ND = self._embed(plan, ids_BT, images_BID).flatten(0, 1)
+        if self._lean and len(x_ND) == 1:  # products of a few rows are faster than those of one
+            x_ND = x_ND.expand(packed.FEWEST_ROWS, -1).contiguous()
+        caches = zip(self.keys.unbind(0), self.values.unbind(0), strict=True)
+        for layer, cache in zip(self._language.layers, caches, strict=True):
+            x_ND = self._layer(layer, x_ND, rotation, cache, place_N, bias, plan.rows, plan.columns)
+        hidden_BQD = rms_norm(self._language.norm, x_ND[: len(place_N)]).unflatten(0, (plan.rows, plan.new))
         return self._head(plan, hidden_BQD, length_B1, uniform_BQ)
 
     def _embed(self, plan: Forward, ids_BT: Tensor, images_BID: Tensor | None) -> Tensor:
