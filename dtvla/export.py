@@ -61,6 +61,7 @@ def _write(cfg: DictConfig, source: Source, output: Path) -> None:
     import torch
 
     from dtvla.policy import adapters, checkpoint, compat, published, weights
+    from dtvla.policy.placement import type_name
     from dtvla.policy.policy import Policy
 
     behaviour = compat.Compat.from_config(_plain(cfg.compat))
@@ -87,7 +88,7 @@ def _write(cfg: DictConfig, source: Source, output: Path) -> None:
         card = folder / published.CARD_FILE
         if not card.is_file():
             card.write_text(_card(cfg, source, model.dtype, processor), encoding="utf-8")
-    print(f"{count} weights ({_type_name(model.dtype)}): {output}")
+    print(f"{count} weights ({type_name(model.dtype)}): {output}")
 
 
 def _card(cfg: DictConfig, source: Source, dtype: torch.dtype, processor: Processor | None) -> str:
@@ -95,6 +96,7 @@ def _card(cfg: DictConfig, source: Source, dtype: torch.dtype, processor: Proces
     from huggingface_hub import ModelCard, ModelCardData
 
     from dtvla import __version__
+    from dtvla.policy.placement import type_name
 
     # A path on somebody's disk is nobody else's base model.
     base = None if Path(source.name).expanduser().exists() else source.name.partition("@")[0]
@@ -105,7 +107,7 @@ def _card(cfg: DictConfig, source: Source, dtype: torch.dtype, processor: Proces
         tags=["vision-language-action", "paligemma", "deepthinkvla", "libero"],
     )
     name = Path(str(cfg.push_to_hub or cfg.output)).name
-    facts = [f"weights: {_type_name(dtype)}, {cfg.format} format", f"written by: dtvla {__version__}"]
+    facts = [f"weights: {type_name(dtype)}, {cfg.format} format", f"written by: dtvla {__version__}"]
     if source.adapters:
         facts.append("adapters: merged")
     if processor is not None:
@@ -142,10 +144,6 @@ def _check_repository(name: str) -> None:
         name_is_whole = "/" in name
     if not name_is_whole:
         raise UserError(f"push_to_hub: {name!r} is not OWNER/NAME; give both")
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _plain(cfg: DictConfig) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from policy.conftest import SETTINGS
 
 from dtvla.benchmarks.floor import Rates, Workload
 from dtvla.benchmarks.record import run, tables, write
@@ -19,39 +20,13 @@ from dtvla.benchmarks.timing import Timing, interleave
 from dtvla.errors import UserError
 
 THOUGHT, NUMBERS = 12, (3, 5)
-MODEL: dict[str, Any] = {
+MODEL: dict[str, Any] = SETTINGS | {
     "name": "tiny",
-    "checkpoint": None,
-    "cameras": ["agentview", "wrist"],
     "image_size": 32,
-    "chunk": 3,
-    "action_dim": 7,
-    "action_bins": 32,
-    "slot_embedding": True,
-    "initializer_range": 0.3,  # large: thoughts wander and actions differ
     "max_prompt_tokens": 64,
-    "max_thought_tokens": 40,
-    "normalizer": "quantile",
-    "normalizer_mask": [True] * 6 + [False],
     "tokenizer_size": 500,
     "vocabulary_size": None,
-    "prompt": {"think_prefix": "think: ", "task": "{task}"},
-    "text": {
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 12,
-        "intermediate_size": 32,
-        "max_position_embeddings": 256,
-    },
-    "vision": {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-        "patch_size": 16,
-    },
+    "vision": SETTINGS["vision"] | {"patch_size": 16},
 }
 EQUAL_BINS = {"equal_bins": 1.0, "farthest_bins": 0.0}
 EQUAL = EQUAL_BINS | {"equal_thoughts": 1.0}

@@ -127,12 +127,11 @@ class PublishedWay:
         ids_BT = torch.tensor([list(sequence) for sequence in sequences], device=pixels_BNCHW.device)
         type_BT = torch.zeros_like(ids_BT)  # 0 is the prefix, which sees all of itself
         type_BT[:, ids_BT.shape[1] - causal :] = 1
-        dtype = self.model.model.multi_modal_projector.linear.weight.dtype
         output = self.shell.generate(
             input_ids=ids_BT,
             attention_mask=torch.ones_like(ids_BT),
             token_type_ids=type_BT,
-            pixel_values=pixels_BNCHW.flatten(0, 1).to(dtype) / 127.5 - 1.0,
+            pixel_values=self.model.pixel_values(pixels_BNCHW),
             generation_config=GenerationConfig(
                 max_new_tokens=tokens,
                 do_sample=False,

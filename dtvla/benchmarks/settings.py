@@ -9,9 +9,9 @@ from typing import Any, get_args
 import torch
 
 from dtvla.errors import UserError
+from dtvla.policy.placement import DTYPES, place
 from dtvla.policy.runtime import Mode
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHORTEST_THOUGHT = 3  # one free token, </think>, <action>
 
 
@@ -87,18 +87,10 @@ class Settings:
         Raises:
             UserError: the device is none, or is not there.
         """
-        found = torch.cuda.is_available()
-        name = ("cuda" if found else "cpu") if self.device == "auto" else self.device
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise UserError(f"device: {name!r} is unknown; use auto, cpu, cuda or cuda:1") from None
+        device, dtype = place(self.device, self.dtype)
         if device.type not in ("cpu", "cuda"):
-            raise UserError(f"device: {name} is not measured here; use auto, cpu, cuda or cuda:1")
-        if device.type == "cuda" and not found:
-            raise UserError(f"device: {name} was asked for but torch {torch.__version__} finds no GPU; use device=cpu")
-        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return device, DTYPES.get(self.dtype, usual)
+            raise UserError(f"device: {device} is not measured here; use auto, cpu, cuda or cuda:1")
+        return device, dtype
 
 
 def _whole(name: str, value: object, least: int) -> None:

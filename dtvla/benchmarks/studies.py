@@ -15,6 +15,7 @@ from dtvla.benchmarks.floor import Rates, Workload, measure_rates
 from dtvla.benchmarks.settings import Settings
 from dtvla.benchmarks.subject import Inputs, Subject
 from dtvla.benchmarks.timing import TOTAL, Mark, Side, interleave
+from dtvla.policy.placement import type_name
 
 PUBLISHED = "published "  # begins the name of a side that goes the published way
 
@@ -257,7 +258,7 @@ def _document(
     targets = [t.verdict(ratios[t.ratio]["value"]) for t in TARGETS[subject.device.type] if t.ratio in ratios]
     return {
         "device": str(subject.device),
-        "dtype": str(subject.dtype).removeprefix("torch."),
+        "dtype": type_name(subject.dtype),
         "threads": torch.get_num_threads(),
         "shapes": subject.shapes(),
         "measurements": measurements,

@@ -136,9 +136,7 @@ class Engine:
         if max_tokens < 1 or (block is not None and block < 1):
             raise ValueError(f"a thought of {max_tokens} tokens in blocks of {block}")
         rows = len(context.lengths)
-        if temperature > 0 and (generators is None or len(generators) != rows):
-            raise ValueError("sampling a thought needs one generator per row")
-        own = generators if temperature > 0 and generators is not None else [None] * rows
+        own = _own_generators(rows, temperature, generators)
         drafts = drafts if drafts is not None else [()] * rows
         for draft in drafts:
             self._check_ids(draft, "draft")
@@ -154,8 +152,6 @@ class Engine:
             writer.take([], choices)
         while active := [row for row, writer in enumerate(writers) if not writer.done]:
             self._write_on(context, writers, active, temperature, block)
-        for row, writer in enumerate(writers):
-            context.lengths[row] = context.prompts[row] + len(writer.thought.ids) - 1
         return [writer.thought for writer in writers]
 
     @torch.inference_mode()
@@ -199,11 +195,8 @@ class Engine:
         """
         self._check_context(context)
         rows, count = len(context.lengths), self.layout.slots
-        if temperature > 0 and (generators is None or len(generators) != rows):
-            raise ValueError("sampling actions needs one generator per row")
-        uniforms: list[list[float]] | None = None
-        if temperature > 0 and generators is not None:
-            uniforms = [Draws(generator).at(0, count) for generator in generators]
+        own = _own_generators(rows, temperature, generators)
+        uniforms = [Draws(g).at(0, count) for g in own if g is not None] or None
         if not self.model.autoregressive:
             logits_BAK = self.action_logits(context)
             uniform_BA = None if uniforms is None else torch.tensor(uniforms, dtype=torch.float64).to(logits_BAK.device)
@@ -346,6 +339,17 @@ class Engine:
                 f"{name}: {max(lengths)} tokens, and {more} to follow, but the model's cache ends at {most} positions; "
                 "shorten it, lower cot.max_tokens, or raise model.text.max_position_embeddings"
             )
+
+
+def _own_generators(
+    rows: int, temperature: float, generators: Sequence[torch.Generator] | None
+) -> Sequence[torch.Generator | None]:
+    """Each row's generator; none where nothing is drawn."""
+    if temperature == 0:
+        return [None] * rows
+    if generators is None or len(generators) != rows:
+        raise ValueError("sampling needs one generator per row")
+    return generators
 
 
 def _pairs(choices_BQ2: Tensor) -> list[list[tuple[int, float]]]:

@@ -13,7 +13,6 @@ from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGe
 
 from dtvla.errors import UserError
 from dtvla.policy.action_bins import ActionBins
-from dtvla.policy.adapters import linear_rows
 from dtvla.policy.attention import Rule, block_mask, positions, unfused, visible
 from dtvla.policy.layout import IGNORE, Batch
 from dtvla.policy.vocabulary import Vocabulary
@@ -128,10 +127,16 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
         if pixels_BNCHW.ndim != 5 or pixels_BNCHW.shape[2:] != (3, vision.image_size, vision.image_size):
             wanted = f"(batch, cameras, 3, {vision.image_size}, {vision.image_size})"
             raise UserError(f"pictures: shape {tuple(pixels_BNCHW.shape)}, not {wanted}; resize them as the model does")
-        dtype = torch.float64 if self.model.vision_tower.dtype == torch.float64 else torch.float32
-        pixels = pixels_BNCHW.flatten(0, 1).to(dtype) / 127.5 - 1.0  # the tower rounds them to its own type, once
-        features = self.model.get_image_features(pixels).pooler_output
+        features = self.model.get_image_features(self.pixel_values(pixels_BNCHW)).pooler_output
         return features.reshape(len(pixels_BNCHW), -1, features.shape[-1])
+
+    def pixel_values(self, pixels_BNCHW: Tensor) -> Tensor:
+        """uint8 pictures as the vision tower takes them: (B * N, 3, H, W) in [-1, 1].
+
+        In float32 at least, whatever the type of the weights: the tower rounds them to its own type, once.
+        """
+        dtype = torch.float64 if self.model.vision_tower.dtype == torch.float64 else torch.float32
+        return pixels_BNCHW.flatten(0, 1).to(dtype) / 127.5 - 1.0
 
     def embed_text(self, input_ids_BT: Tensor, slot_BT: Tensor | None) -> Tensor:
         """Token embeddings (B, T, D), scaled by sqrt(D) as in Gemma.
@@ -171,11 +176,6 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
         """Logits over the vocabulary, float32 at least, for hidden states of any leading shape."""
         logits: Tensor = self.lm_head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
-
-    def action_logits(self, hidden: Tensor, bins: ActionBins) -> Tensor:
-        """Logits (..., K) of the action bins alone, in the order of the bins: no other column is computed."""
-        logits = linear_rows(self.lm_head, hidden, bins.first_id, bins.last_id)
-        return (logits if logits.dtype == torch.float64 else logits.float()).flip(-1)
 
     @torch.no_grad()
     def initialize_action_rows(self, bins: ActionBins, generator: torch.Generator, bandwidth: float = 4.0) -> None:

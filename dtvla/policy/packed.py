@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtvla.policy.adapters import has_adapter
+
 PACKED_TYPES = (torch.float32, torch.bfloat16)
 FEWEST_ROWS = 4  # oneDNN reads weights faster for 4 rows than for 1 to 3 (1.25 times in float32, 1.45 in bfloat16)
 
@@ -123,5 +125,6 @@ def state(module: nn.Module) -> tuple[int, list[tuple[object, ...]]]:
     Parameters count their writes in place; adapters are switched, merged and disabled by attributes.
     """
     versions = sum(0 if p.is_inference() else p._version for p in module.parameters())
-    adapters: list[Any] = [m for m in module.modules() if hasattr(m, "base_layer")]
+    adapted = module.modules() if has_adapter(module) else ()
+    adapters: list[Any] = [m for m in adapted if hasattr(m, "base_layer")]
     return versions, [(m.disable_adapters, *m.active_adapters, *m.merged_adapters) for m in adapters]

@@ -22,6 +22,7 @@ from dtvla.errors import UserError
 from dtvla.policy import build, checkpoint, weights
 from dtvla.policy.hub import ADAPTER_FILE, PICKLED, POLICY_FILE, STATISTICS_FILE, Source
 from dtvla.policy.model import HybridVLA, image_tokens
+from dtvla.policy.placement import type_name
 from dtvla.policy.processor import Processor
 
 VERSION = "4.48.1"  # of transformers
@@ -119,7 +120,7 @@ def config_values(config: PaliGemmaConfig, dtype: torch.dtype) -> dict[str, Any]
     }
     ids |= {key: values[key] for key in ("action_token_begin_idx", "action_token_end_idx", "image_token_index")}
     ids |= {key: values.get(key, text.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    name = _name(dtype)
+    name = type_name(dtype)
     rope = text["rope_parameters"]["rope_theta"]
     activation = {"hidden_act": text["hidden_act"], "hidden_activation": text["hidden_act"]}
     return {
@@ -141,7 +142,7 @@ def config_values(config: PaliGemmaConfig, dtype: torch.dtype) -> dict[str, Any]
 
 def _edited(config: dict[str, Any], model: HybridVLA) -> dict[str, Any]:
     """A published configuration with the model's type, and untied ends if merged adapters made them differ."""
-    name = _name(model.dtype)
+    name = type_name(model.dtype)
     config["torch_dtype"] = name
     for part in ("text_config", "vision_config"):
         if "torch_dtype" in config[part]:
@@ -234,10 +235,6 @@ def _write_processor(processor: Processor, source: Source, config: PaliGemmaConf
         told = False
     if not told:
         _dump(folder / POLICY_FILE, checkpoint.describe(processor))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _dump(path: Path, values: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from dtvla.errors import UserError
 from dtvla.policy import packed
+from dtvla.policy.adapters import linear_rows
 from dtvla.policy.gemma import compiled, decoder_layer, rms_norm
 from dtvla.policy.graphs import Graphs
 from dtvla.policy.layout import Layout
@@ -254,7 +255,7 @@ class Runtime:
     def _heads(self, make: Callable[[Tensor], nn.Module]) -> None:
         """Split the output layer in the ids below the action band, those above it, and the band.
 
-        An output layer with an adapter is computed whole.
+        For a thought, an output layer with an adapter is computed whole.
         """
         first, last, head = self._bins.first_id, self._bins.last_id, self._twin.lm_head
         parts = (slice(0, first), slice(last + 1, None), slice(first, last + 1))
@@ -262,7 +263,8 @@ class Runtime:
         if type(self.model.lm_head) is nn.Linear:
             products = [make(self.model.lm_head.weight[part]) for part in parts]
         else:
-            products = [lambda x, part=part: head(x)[..., part] for part in parts]  # type: ignore[misc]
+            products = [lambda x, part=part: head(x)[..., part] for part in parts[:2]]  # type: ignore[misc]
+            products.append(lambda x: linear_rows(head, x, first, last))
         self._low_head, self._high_head, self._action_head = products
 
     def _choose_mode(self) -> str:

@@ -194,17 +194,10 @@ def _load_policy(cfg: "DictConfig", checkpoint: Path) -> "Policy":
     import torch
 
     from dtvla.policy import quantization
+    from dtvla.policy.placement import place
     from dtvla.policy.policy import Policy
 
-    device = str(cfg.device)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device: {device} was asked for but torch {torch.__version__} finds no GPU; use device=cpu")
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    dtype = names.get(str(cfg.dtype), torch.float32 if device == "cpu" else torch.bfloat16)
-    if cfg.dtype not in (*names, "auto"):
-        raise UserError(f"dtype: {cfg.dtype!r} is unknown; use auto, {' or '.join(names)}")
+    device, dtype = place(str(cfg.device), str(cfg.dtype))
     threads = 1 if cfg.threads == "auto" else int(cfg.threads)
     torch.set_num_threads(threads)
     policy = Policy.load(checkpoint, device=device, dtype=dtype)
