@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dtvla.policy import packed
-
 COMPILED_SHAPES = 256  # torch stops with an error when it compiles one function for more shapes
 
 
@@ -32,7 +30,7 @@ def decoder_layer(
 
     Args:
         layer: transformers' ``GemmaDecoderLayer``.
-        x_ND: hidden states of the N = B * Q new tokens; a single one may be repeated.
+        x_ND: hidden states of the N = B * Q new tokens.
         rotation: cosines and (signed) sines (B, Q, 1, head width) of their positions.
         cache: keys and values (R, C, key heads, head width) of this layer; written in place.
         place_N: where in the flattened (R * C) cache each token belongs.
@@ -43,12 +41,8 @@ def decoder_layer(
     attention, tokens, new = layer.self_attn, len(place_N), len(place_N) // rows
     normed = rms_norm(layer.input_layernorm, x_ND)
     heads, width = cache[0].shape[-2:]
-    if hasattr(attention, "fused"):
-        joint = attention.fused(normed)
-    else:
-        parts = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
-        joint = torch.cat(parts, dim=-1)
-    joint = joint[:tokens].view(rows, new, -1, width)
+    parts = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
+    joint = torch.cat(parts, dim=-1).view(rows, new, -1, width)
     rotated, value = _rotate(joint[:, :, :-heads], rotation), joint[:, :, -heads:]
     query, key = rotated[:, :, :-heads], rotated[:, :, -heads:]
     for stored, fresh in zip(cache, (key, value), strict=True):
@@ -58,19 +52,12 @@ def decoder_layer(
     keys, values = (stored[:rows, :columns].transpose(1, 2) for stored in cache)
     mixed = functional.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=attention.scaling)
     mixed = mixed.reshape(rows, heads, new, -1, width).transpose(1, 2).reshape(tokens, -1)
-    x_ND = x_ND + attention.o_proj(mixed.expand(len(x_ND), -1))
-    normed = rms_norm(layer.post_attention_layernorm, x_ND)
-    if hasattr(layer.mlp, "fused"):
-        gate, up = layer.mlp.fused(normed).chunk(2, dim=-1)
-        return x_ND + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
-    return x_ND + layer.mlp(normed)
+    x_ND = x_ND + attention.o_proj(mixed)
+    return x_ND + layer.mlp(rms_norm(layer.post_attention_layernorm, x_ND))
 
 
 def rms_norm(norm: Any, x: Tensor) -> Tensor:
     """Gemma's norm: in float32 with weight 1 + w, as transformers computes it; float64 stays float64."""
-    if isinstance(norm, packed.PackedNorm):
-        normed: Tensor = norm(x)
-        return normed
     wide = x if x.dtype == torch.float64 else x.float()
     weight = 1.0 + norm.weight.to(wide.dtype)
     return functional.rms_norm(wide, (x.shape[-1],), weight, norm.eps).to(x.dtype)

@@ -1,15 +1,13 @@
 """Faster linear layers on a CPU: an inference twin of a module tree with its weights in oneDNN's blocked order.
 
-A decoding step multiplies one row by every weight, so it lasts as long as reading the weights. MKL's matrix-vector
-product, which ``nn.Linear`` ends in, reads at a third of the memory's speed; oneDNN on blocked weights at two thirds.
-Blocks of rows gain, too (1.3 to 1.8 times for 2 to 100 rows, measured on an EPYC with AVX-512).
+Blocks of 2 to 100 rows are 1.3 to 1.8 times faster than with ``nn.Linear`` (measured on an EPYC with AVX-512). A few
+tokens through plain layers go another way, :mod:`dtvla.policy.fused`.
 The twin shares everything with the original but the ``nn.Linear`` modules, which it replaces.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 from dtvla.policy.adapters import has_adapter
 
 PACKED_TYPES = (torch.float32, torch.bfloat16)
-FEWEST_ROWS = 4  # oneDNN reads weights faster for 4 rows than for 1 to 3 (1.25 times in float32, 1.45 in bfloat16)
 
 
 class PackedLinear(nn.Module):
@@ -43,33 +40,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Product of any leading shape."""
-        rows = x.numel() // x.shape[-1]
-        if rows >= FEWEST_ROWS:
-            return self._product(x)
-        copies = -(-FEWEST_ROWS // rows)
-        filled = x.reshape(1, rows, -1).expand(copies, -1, -1).reshape(copies * rows, -1)
-        return self._product(filled)[:rows].view(*x.shape[:-1], -1)
-
-    def _product(self, x: Tensor) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._plain[1], "none", [], "")
         return product
-
-
-class PackedNorm(nn.Module):
-    """Gemma's RMS norm (float32 inside) in few operations: for one row, their number is their cost."""
-
-    def __init__(self, weight: Tensor, epsilon: float) -> None:
-        """Compute 1 + ``weight`` once."""
-        super().__init__()
-        self._scale = 1.0 + weight.detach().float()
-        self._epsilon = torch.tensor(epsilon)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        wide = x.float()
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = torch.addcmul(self._epsilon, length, length, value=1.0 / x.shape[-1]).rsqrt_()
-        return (wide * inverse).mul_(self._scale).to(x.dtype)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -91,24 +63,6 @@ def twin(module: nn.Module, keep: nn.Module | None = None) -> nn.Module:
     }
     double.training = False
     return double
-
-
-def lean(layer: nn.Module) -> None:
-    """Let a twin's Gemma layer, as :func:`dtvla.policy.gemma.decoder_layer` runs it, need fewer operations."""
-    for part, names in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))):
-        _fuse(layer.get_submodule(part), names)
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        norm: Any = layer.get_submodule(name)
-        layer._modules[name] = PackedNorm(norm.weight, norm.eps)
-
-
-def _fuse(module: nn.Module, names: Sequence[str]) -> None:
-    """One product ``fused`` in place of several of the same input, if all are packed and have no bias."""
-    layers = [module._modules[name] for name in names]
-    if all(isinstance(layer, PackedLinear) and layer.bias is None for layer in layers):
-        weights = [layer.weight for layer in layers if isinstance(layer, PackedLinear)]
-        module.__dict__["_modules"] = {k: v for k, v in module._modules.items() if k not in names}
-        module.add_module("fused", PackedLinear(torch.cat(weights)))
 
 
 def places(module: nn.Module) -> int:

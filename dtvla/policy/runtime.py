@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dtvla.errors import UserError
-from dtvla.policy import packed
+from dtvla.policy import fused, packed
 from dtvla.policy.adapters import linear_rows
 from dtvla.policy.gemma import compiled, decoder_layer, rms_norm
 from dtvla.policy.graphs import Graphs
@@ -189,17 +189,18 @@ class Runtime:
         uniform_BQ = more[-1] if plan.temperature > 0 else None
         ids_BT, start_B1, length_B1 = numbers_BX[:, :-2], numbers_BX[:, -2:-1], numbers_BX[:, -1:]
         column_BQ = start_B1 + self._offsets[: plan.new]
-        causal = plan.source == "tokens"
-        bias = _bias(column_BQ + 1 if causal else start_B1 + length_B1, plan, self._group, self.keys.dtype)
+        limit = column_BQ + 1 if plan.source == "tokens" else start_B1 + length_B1
         rotation = (self._cos[column_BQ].unsqueeze(2), self._sin[column_BQ].unsqueeze(2))
-        place_N = (column_BQ + torch.arange(plan.rows, device=self.device).unsqueeze(1) * self.columns).flatten()
         x_ND = self._embed(plan, ids_BT, images_BID).flatten(0, 1)
-        if self._lean and len(x_ND) == 1:  # products of a few rows are faster than those of one
-            x_ND = x_ND.expand(packed.FEWEST_ROWS, -1).contiguous()
-        caches = zip(self.keys.unbind(0), self.values.unbind(0), strict=True)
-        for layer, cache in zip(self._language.layers, caches, strict=True):
-            x_ND = self._layer(layer, x_ND, rotation, cache, place_N, bias, plan.rows, plan.columns)
-        hidden_BQD = rms_norm(self._language.norm, x_ND[: len(place_N)]).unflatten(0, (plan.rows, plan.new))
+        if self._fused is not None and len(x_ND) <= self._fused.most_tokens:
+            x_ND = self._fused(x_ND, rotation, (self.keys, self.values), column_BQ, limit)
+        else:
+            bias = _bias(limit, plan, self._group, self.keys.dtype)
+            place_N = (column_BQ + torch.arange(plan.rows, device=self.device).unsqueeze(1) * self.columns).flatten()
+            caches = zip(self.keys.unbind(0), self.values.unbind(0), strict=True)
+            for layer, cache in zip(self._language.layers, caches, strict=True):
+                x_ND = self._layer(layer, x_ND, rotation, cache, place_N, bias, plan.rows, plan.columns)
+        hidden_BQD = rms_norm(self._language.norm, x_ND).unflatten(0, (plan.rows, plan.new))
         return self._head(plan, hidden_BQD, length_B1, uniform_BQ)
 
     def _embed(self, plan: Forward, ids_BT: Tensor, images_BID: Tensor | None) -> Tensor:
@@ -237,22 +238,21 @@ class Runtime:
         self._block = torch.tensor([block], device=self.device)
         self._block_slots = torch.zeros_like(self._block, dtype=torch.bool)
         self._block_slots[:, 1 : 1 + self.layout.slots] = True
-        self._lean = False
+        self._fused: fused.Fused | None = None
         self._twin: Any = self.model
         self._language: Any = self.model.model.language_model
-        self._heads(lambda weight: _Product(weight))
+        self._heads()
 
     def _pack(self) -> None:
         """Renew the CPU's fast copy of the weights."""
         plain = type(self.model.lm_head) is nn.Linear
         self._twin = packed.twin(self.model, keep=self.model.lm_head if plain else None)
         self._language = self._twin.model.language_model
-        self._lean = packed.can_pack(self.model.lm_head.weight)
-        for layer in self._language.layers if self._lean else ():
-            packed.lean(layer)
-        self._heads(lambda weight: packed.PackedLinear(weight) if packed.can_pack(weight) else _Product(weight))
+        language: Any = self.model.model.language_model
+        self._fused = fused.Fused(language) if self.mode == "eager" and fused.can_fuse(language) else None
+        self._heads()
 
-    def _heads(self, make: Callable[[Tensor], nn.Module]) -> None:
+    def _heads(self) -> None:
         """Split the output layer in the ids below the action band, those above it, and the band.
 
         For a thought, an output layer with an adapter is computed whole.
@@ -261,7 +261,7 @@ class Runtime:
         parts = (slice(0, first), slice(last + 1, None), slice(first, last + 1))
         products: list[Callable[[Tensor], Tensor]]
         if type(self.model.lm_head) is nn.Linear:
-            products = [make(self.model.lm_head.weight[part]) for part in parts]
+            products = [_Product(self.model.lm_head.weight[part]) for part in parts]
         else:
             products = [lambda x, part=part: head(x)[..., part] for part in parts[:2]]  # type: ignore[misc]
             products.append(lambda x: linear_rows(head, x, first, last))
@@ -277,15 +277,18 @@ class Runtime:
         return "graph" if on_gpu and floats else "eager"  # quantised layers decide on the host
 
 
-class _Product(nn.Module):
-    """A product with rows of a weight that others own."""
+class _Product:
+    """A product with rows of a weight that others own, the faster way for the number of vectors."""
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self._weight = (weight.detach(),)
+        self._weight = weight.detach()
+        self._few = fused.most_tokens(weight.numel()) if fused.can_read(weight) else 0
+        self._packed = packed.PackedLinear(self._weight) if packed.can_pack(weight) else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self._weight[0])
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() <= self._few * x.shape[-1]:
+            return fused.product(x, self._weight)
+        return functional.linear(x, self._weight) if self._packed is None else self._packed(x)
 
 
 def choose(logits_BQV: Tensor, temperature: float, uniform_BQ: Tensor | None) -> Tensor:
