@@ -169,6 +169,8 @@ def _narrow_of(number: Any, stored: Any) -> Any:
     if isinstance(stored.dtype, types.Integer):
 
         def narrow(number: Any, stored: Any) -> Any:
+            if np.isnan(number):
+                return np.uint16(0x7FC0)
             bits = _as_bits(np.float32(number))
             odd = (bits >> np.uint32(16)) & np.uint32(1)
             return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))

@@ -59,8 +59,9 @@ def decoder_layer(
 def rms_norm(norm: Any, x: Tensor) -> Tensor:
     """Gemma's norm: in float32 with weight 1 + w, as transformers computes it; float64 stays float64."""
     wide = x if x.dtype == torch.float64 else x.float()
-    weight = 1.0 + norm.weight.to(wide.dtype)
-    return functional.rms_norm(wide, (x.shape[-1],), weight, norm.eps).to(x.dtype)
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    scale = 1.0 + norm.weight.to(wide.dtype)
+    return (wide * mean_square.add_(norm.eps).rsqrt_()).mul_(scale).to(x.dtype)
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

@@ -79,6 +79,13 @@ def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
     assert torch.equal(rounded, numbers.bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_is_not_a_number_stays_visible(dtype: torch.dtype) -> None:
+    weight, x = torch.eye(4, dtype=dtype), torch.tensor([1.0, torch.nan, torch.inf, -1.0], dtype=dtype)
+    assert fused.product(x, weight).isnan().all()
+    assert torch.equal(fused.product(x[[0, 3, 0, 3]], weight), x[[0, 3, 0, 3]])
+
+
 def test_what_the_compiled_code_does_not_know_is_left_to_the_layers(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy()
     language: Any = policy.model.model.language_model
