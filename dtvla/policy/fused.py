@@ -30,7 +30,7 @@ PARTS = (
     *("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
-_MOST_THREADS = numba.get_num_threads()
+_config: Any = numba.config
 _intrinsic: Any = intrinsic  # its types do not know that the first argument is Numba's own
 _OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
@@ -117,7 +117,11 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _use_threads() -> None:
-    numba.set_num_threads(min(torch.get_num_threads(), _MOST_THREADS))
+    """As many threads as torch uses. When Numba starts its own it changes OpenMP's number, which is torch's, too."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, _config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def _numbers(x: Tensor) -> Any:

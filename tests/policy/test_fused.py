@@ -1,5 +1,7 @@
 """Few tokens in one compiled function: the same numbers as layer by layer."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +86,21 @@ def test_what_is_not_a_number_stays_visible(dtype: torch.dtype) -> None:
     weight, x = torch.eye(4, dtype=dtype), torch.tensor([1.0, torch.nan, torch.inf, -1.0], dtype=dtype)
     assert fused.product(x, weight).isnan().all()
     assert torch.equal(fused.product(x[[0, 3, 0, 3]], weight), x[[0, 3, 0, 3]])
+
+
+THREADS = """
+import torch
+from dtvla.policy import fused
+torch.set_num_threads({threads})
+fused.product(torch.randn(1, 6), torch.randn(8, 6))
+assert torch.get_num_threads() == {threads}, torch.get_num_threads()
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_torch_keeps_its_number_of_threads(threads: int) -> None:
+    """Numba and torch share OpenMP's settings; in a fresh process, where Numba starts its threads."""
+    subprocess.run([sys.executable, "-c", THREADS.format(threads=threads)], check=True)
 
 
 def test_what_the_compiled_code_does_not_know_is_left_to_the_layers(make_policy: Callable[..., Policy]) -> None:
