@@ -1,7 +1,9 @@
-"""Entry point: measure how fast a policy decides; the first word names the study.
+"""Entry point: measure how fast a policy decides and how fast it is simulated; the first word names the study.
 
     python -m dtvla.benchmark latency model=small
     python -m dtvla.benchmark throughput model=small batch_sizes=[1,4,16]
+    python -m dtvla.benchmark rollout env=libero_object
+    python -m dtvla.benchmark parity env=libero_object
 
 Settings are in ``conf/benchmark.yaml``; ``docs/benchmark.md`` says what is measured and how to read it.
 """
@@ -25,12 +27,11 @@ def benchmark(cfg: "DictConfig") -> None:
     from dtvla.benchmarks import check_study
 
     study = check_study(cfg.study)
-    from dtvla.benchmarks.record import run
-    from dtvla.benchmarks.settings import Settings
+    from dtvla.benchmarks.record import run, settings_of
 
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     output = Path(str(cfg.output)).expanduser()
-    run(study, Settings.from_config(values), output, command_line("benchmark"))
+    run(study, settings_of(study, values), output, command_line("benchmark"))
 
 
 def main() -> None:

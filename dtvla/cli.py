@@ -23,6 +23,7 @@ COMMANDS = {
     "collect": "make demonstrations with thoughts: a scripted expert in the real simulator",
     "train": "fine-tune a policy, e.g. +experiment=libero_cot_sft",
     "evaluate": "run a checkpoint in LIBERO: success rates with intervals, videos with thoughts",
+    "compare": "two evaluations over the same init states: difference with interval, McNemar's paired test",
     "report": "write a report of a training run and its evaluations",
     "export": "write a checkpoint in the published or in dtvla's format, with adapters merged; push it to a hub",
     "benchmark": "measure: latency, throughput",

@@ -12,10 +12,11 @@ import torch
 from policy.conftest import SETTINGS
 
 from dtvla.benchmarks.floor import Rates, Workload
-from dtvla.benchmarks.record import run, tables, write
+from dtvla.benchmarks.record import run, write
 from dtvla.benchmarks.settings import Settings
 from dtvla.benchmarks.studies import TARGETS, latency, throughput
 from dtvla.benchmarks.subject import Subject, spoil
+from dtvla.benchmarks.tables import tables
 from dtvla.benchmarks.timing import Timing, interleave
 from dtvla.errors import UserError
 
@@ -277,5 +278,6 @@ def test_the_first_word_names_the_study(word: list[str], found: str) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        f"error: benchmark: {found}; begin with one of latency, throughput, e.g. dtvla benchmark latency model=small"
+        f"error: benchmark: {found}; begin with one of latency, throughput, rollout, parity, "
+        "e.g. dtvla benchmark latency model=small"
     ]

@@ -1,5 +1,6 @@
 """The console command and the way errors reach a user."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -87,6 +88,13 @@ def test_unknown_command_lists_the_known_ones(monkeypatch, capsys) -> None:
     error = capsys.readouterr().err
     assert "trian" in error
     assert "train" in error
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_a_module_and_commented_settings(command) -> None:
+    assert importlib.util.find_spec(f"dtvla.{command}") is not None
+    first_line = (cli.config_dir() / f"{command}.yaml").read_text().splitlines()[0]
+    assert first_line.replace("python -m dtvla.", "dtvla ").startswith(f"# dtvla {command}:")
 
 
 def test_broken_installation_is_named(monkeypatch, tmp_path) -> None:

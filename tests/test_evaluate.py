@@ -1,6 +1,13 @@
 """``dtvla evaluate`` from the command line's settings to results.json, on the real LIBERO with a fresh nano policy."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +18,14 @@ from omegaconf import DictConfig
 
 from dtvla.cli import config_dir
 from dtvla.errors import UserError
-from dtvla.rollout.evaluation import evaluate, make_plan, worker_count
+from dtvla.rollout.evaluation import ACTION_DIM, CAMERAS, evaluate
+from dtvla.rollout.plan import make_plan, worker_count
 from dtvla.rollout.results import read_results
 from dtvla.rollout.shared_pool import close_shared_pool
 
 LIMIT = 12
 FAST = ["env.task_ids=[0]", "env.render=draft", "env.image_size=64", f"env.max_steps={LIMIT}", "cot.max_tokens=6"]
+STATES = "init_states=[30,7,12,3]"
 
 
 def config(checkpoint: Path, *overrides: str) -> DictConfig:
@@ -24,92 +33,160 @@ def config(checkpoint: Path, *overrides: str) -> DictConfig:
         return compose("evaluate", [f"checkpoint={checkpoint}", *FAST, *overrides])
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_policy(folder: Path, action_dim: int = 7) -> Path:
     """A policy with fresh weights: it moves, and solves nothing."""
     from dtvla.data.normalization import Statistics
     from dtvla.policy.policy import build_policy
 
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         settings = compose("train", ["model=nano"]).model
+    settings.action_dim, settings.normalizer_mask = action_dim, settings.normalizer_mask[-action_dim:]
     rng = np.random.default_rng(0)
-    statistics = Statistics.from_frames(rng.normal(size=(200, 8)), rng.uniform(-1, 1, (200, 7)))
+    statistics = Statistics.from_frames(rng.normal(size=(200, 8)), rng.uniform(-1, 1, (200, action_dim)))
     texts = ["pick up the alphabet soup and place it in the basket", "the gripper is above the soup and moves down"]
-    folder = tmp_path_factory.mktemp("run") / "nano" / "policy"
     build_policy(settings, texts, statistics).save(folder)
     return folder
 
 
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two episode records agree in everything but time."""
-    return {**a, "latency": 0, "video": 0} == {**b, "latency": 0, "video": 0}
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_policy(tmp_path_factory.mktemp("run") / "nano" / "policy")
+
+
+@pytest.fixture(scope="module")
+def evaluated(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Results of two workers that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    assert evaluate(config(checkpoint, STATES, f"output={folder}", "workers=2")) == 0.0
+    yield folder
+    close_shared_pool()
+
+
+def episodes(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "episodes.jsonl").read_bytes().split(b"\n")[:-1]]
+
+
+def document(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return content
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    """Episodes without what differs from run to run: time, and which of them were filmed."""
+    return [{**episode, "latency": len(episode["latency"]), "video": None} for episode in episodes(folder)]
+
+
+@pytest.mark.sim
+def test_a_random_thought_gives_other_actions_and_the_chosen_episode_is_filmed(
+    checkpoint: Path, evaluated: Path, tmp_path: Path
+) -> None:
+    evaluate(config(checkpoint, "init_states=[30,7]", "cot=random", f"output={tmp_path}", "workers=2", "record=[7]"))
+    pairs = zip(episodes(evaluated), episodes(tmp_path), strict=False)
+    for thought, random in pairs:
+        assert thought["init_state"] == random["init_state"]
+        assert thought["thoughts"] != random["thoughts"]
+    assert [bool(e["video"]) for e in episodes(evaluated)] == [True, False, False, False]
+    assert [bool(e["video"]) for e in episodes(tmp_path)] == [False, True]
+    for folder in (evaluated, tmp_path):
+        assert all((folder / e["video"]).stat().st_size for e in episodes(folder) if e["video"])
 
 
 @pytest.mark.sim
 @pytest.mark.slow
-def test_evaluation_is_complete_repeatable_and_independent_of_workers(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_killed_run_continues_in_two_processes_of_torchrun_and_ends_as_if_undisturbed(
+    checkpoint: Path, evaluated: Path, tmp_path: Path
 ) -> None:
-    settings = ["init_states=[30,7]"]
-    try:
-        rate = evaluate(config(checkpoint, *settings, f"output={tmp_path / 'two'}", "workers=2"))
-        thought = read_document(tmp_path / "two")
-        evaluate(config(checkpoint, *settings, f"output={tmp_path / 'random'}", "workers=2", "cot=random", "record=0"))
-        evaluate(config(checkpoint, *settings, f"output={tmp_path / 'one'}", "workers=1", "record=[7]"))
-        evaluate(config(checkpoint, *settings, f"output={tmp_path / 'random1'}", "workers=1", "cot=random", "record=0"))
-    finally:
-        close_shared_pool()
-    check_document(thought, checkpoint, rate)
-    alone, random, random_alone = (read_document(tmp_path / name) for name in ("one", "random", "random1"))
-    for one, two in ((alone, thought), (random_alone, random)):
-        assert all(same(a, b) for a, b in zip(one["episodes"], two["episodes"], strict=True))
-    assert not any(same(a, b) for a, b in zip(random["episodes"], thought["episodes"], strict=True))
-    assert [bool(e["video"]) for e in thought["episodes"]] == [True, False]
-    assert [bool(e["video"]) for e in alone["episodes"]] == [False, True]
-    for name, document in (("two", thought), ("one", alone), ("random", random)):
-        assert all((tmp_path / name / e["video"]).is_file() for e in document["episodes"] if e["video"])
-    shown = capsys.readouterr().out
-    assert "0/2" in shown
-    assert str(tmp_path / "two" / "results.json") in shown
-    check_finished_results_are_kept(checkpoint, tmp_path / "two", capsys)
+    output = tmp_path / "results"
+    settings = [f"checkpoint={checkpoint}", *FAST, STATES, f"output={output}", "device=cpu"]
+    command = [sys.executable, "-m", "dtvla.evaluate", *settings, "workers=1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as run:
+        try:
+            while not (output / "episodes.jsonl").exists() or not episodes(output):
+                assert run.poll() is None, "it ended before an episode was on disk"
+                time.sleep(0.01)
+        finally:
+            os.killpg(run.pid, signal.SIGKILL)
+    kept = episodes(output)
+    assert 1 <= len(kept) < 4
+    assert not (output / "results.json").exists()
+    with (output / "episodes.jsonl").open("ab") as file:
+        file.write(b'{"suite": "libero_ob')  # as if the kill had hit a line that was being written
+    with pytest.raises(UserError, match="run.json holds another run .other cot. and is not overwritten"):
+        evaluate(config(checkpoint, STATES, f"output={output}", "cot=mask"))
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launcher, "-m", "dtvla.evaluate", *settings], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"{len(kept)} of 4 episodes were finished before") == 1
+    assert done.stdout.count("0/4") == 1, "one process shows the table"
+    assert timeless(output) == timeless(evaluated)
+    assert all(episode in episodes(output) for episode in kept), "a finished episode ran again"
+    assert document(output)["totals"] == document(evaluated)["totals"]
+    assert document(output)["settings"] == document(evaluated)["settings"]
+    assert len(document(output)["provenance"]["resumed"]) == 1
+    assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in evaluated.iterdir())
 
 
-def read_document(folder: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return document
-
-
-def check_document(document: dict[str, Any], checkpoint: Path, rate: float) -> None:
-    """Everything that stands behind the numbers is in the file."""
+@pytest.mark.sim
+def test_everything_that_stands_behind_the_numbers_is_in_the_files(checkpoint: Path, evaluated: Path) -> None:
     from dtvla.policy.policy import Policy
 
-    assert rate == 0.0
-    every = document["totals"]["all"]
-    assert (every["successes"], every["episodes"], every["low"]) == (0, 2, 0.0)
-    assert every["high"] == pytest.approx(0.6576, abs=1e-4)  # Wilson's upper end for 0 of 2
-    assert [e["init_state"] for e in document["episodes"]] == [30, 7]
-    for episode in document["episodes"]:
+    found = document(evaluated)
+    every = found["totals"]["all"]
+    assert (every["successes"], every["episodes"], every["low"]) == (0, 4, 0.0)
+    assert every["high"] == pytest.approx(0.4899, abs=1e-4)  # Wilson's upper end for 0 of 4
+    assert [e["init_state"] for e in episodes(evaluated)] == [30, 7, 12, 3]
+    for episode in episodes(evaluated):
         assert episode["steps"] == LIMIT
         assert [t["step"] for t in episode["thoughts"]] == [0, 10]
         assert all(seconds > 0 for seconds in episode["latency"])
-    provenance = document["provenance"]
+    env = {"suite": "libero_object", "task_ids": [0], "init_states": [30, 7, 12, 3], "seed": 0, "max_steps": LIMIT,
+           "protocol": "published", "settle_steps": 10, "render": "draft", "image_size": 64, "stepping": "exact",
+           "quantize": None}  # fmt: skip
+    assert env.items() <= found["settings"].items()
+    assert {"cot", "compat", "checkpoint_sha256"} <= set(found["settings"])
+    provenance = found["provenance"]
     assert provenance["versions"]["mujoco"] == "3.3.2"
     assert provenance["config"]["env"]["suite"] == "libero_object"
     assert provenance["machine"]["cores"] >= 1
+    assert (provenance["device"], provenance["dtype"], provenance["resumed"]) == ("cpu", "float32", [])
     statistics = Policy.load(checkpoint).processor.normalizer.statistics
     assert provenance["statistics_sha256"] == statistics.digest()
 
 
-def check_finished_results_are_kept(checkpoint: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same command shows them; another one is refused."""
-    before = (output / "results.json").read_bytes()
-    assert evaluate(config(checkpoint, "init_states=[30,7]", f"output={output}")) == 0.0
-    assert "Already evaluated" in capsys.readouterr().out
-    for change in (["init_states=[30,8]"], ["init_states=[30,7]", "cot=mask"], ["init_states=[30,7]", "seed=1"]):
+@pytest.mark.sim
+def test_finished_results_are_shown_again_and_never_overwritten(
+    checkpoint: Path, evaluated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in evaluated.iterdir() if path.is_file()}
+    assert evaluate(config(checkpoint, STATES, f"output={evaluated}")) == 0.0
+    shown = capsys.readouterr().out
+    assert "Already evaluated" in shown
+    assert "0/4" in shown
+    assert str(evaluated / "results.json") in shown
+    for change in (["init_states=[30,8]"], [STATES, "cot=mask"], [STATES, "seed=1"], [STATES, "env.stepping=fast"]):
         with pytest.raises(UserError, match="holds another run .* is not overwritten"):
-            evaluate(config(checkpoint, *change, f"output={output}"))
-    assert (output / "results.json").read_bytes() == before
-    assert read_results(output).total().episodes == 2
+            evaluate(config(checkpoint, *change, f"output={evaluated}"))
+    assert {path: path.read_bytes() for path in evaluated.iterdir() if path.is_file()} == before
+    assert read_results(evaluated).total().episodes == 4
+
+
+def test_a_run_is_not_continued_with_other_packages_or_another_arithmetic(checkpoint: Path, tmp_path: Path) -> None:
+    from dtvla.rollout.journal import begin_run
+    from dtvla.rollout.results import versions
+
+    settings = [STATES, f"output={tmp_path}", "device=cpu"]
+    plan = make_plan(config(checkpoint, *settings))
+    same = {"versions": versions(), "device": "cpu", "dtype": "float32", "resumed": []}
+    for change, message in (
+        ({"versions": {**versions(), "mujoco": "3.4.0"}}, "begun with mujoco 3.4.0, now 3.3.2; go on"),
+        ({"dtype": "bfloat16"}, "begun with dtype bfloat16, now float32"),
+        ({"device": "cuda"}, "begun with device cuda, now cpu"),
+    ):
+        begin_run(tmp_path, plan.settings, {**same, **change})
+        with pytest.raises(UserError, match=message):
+            evaluate(config(checkpoint, *settings))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 @pytest.mark.parametrize(
@@ -119,11 +196,16 @@ def check_finished_results_are_kept(checkpoint: Path, output: Path, capsys: pyte
         (["init_states=[-1]"], "init_states: -1 is not an init state"),
         (["init_states=[]"], "init_states: .* is empty or repeats"),
         (["init_states=[3,3]"], "init_states: .* is empty or repeats"),
+        (["env.task_ids=[0,0]"], "env.task_ids: .0, 0. is empty or repeats a task"),
+        (["env.render=none"], "env.render: none gives the policy no pictures"),
         (["env.task_ids=[10]"], "task_ids: 10 is not a task of libero_object"),
         (["env.suite=libero_objekt"], "suite: 'libero_objekt' is not a LIBERO suite.*libero_object"),
         (["env.protocol=mine"], "protocol: 'mine' is unknown"),
-        (["workers=0"], "workers: 0 is not a number of processes"),
-        (["batch_size=none"], "batch_size: 'none' is not a number of observations"),
+        (["workers=0"], "workers: 0 is not a number from 1 on; use auto"),
+        (["batch_size=none"], "batch_size: 'none' is not a number from 1 on"),
+        (["threads=many"], "threads: 'many' is not a number from 1 on"),
+        (["init_states=[3,4]", "record=[5]"], "record: .5. is neither a number of episodes nor .* init states .3, 4."),
+        (["record=-1"], "record: -1 is neither"),
         (["dtype=int4"], "dtype: 'int4' is unknown"),
         (["device=cuda:0"], "device: cuda:0 was asked for but"),
         (["cot.mode=thinks"], "cot.mode: 'thinks' is unknown; did you mean think"),
@@ -151,8 +233,6 @@ def test_a_folder_without_a_policy_is_named(tmp_path: Path) -> None:
 
 
 def test_cameras_that_libero_does_not_have_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    import shutil
-
     other = tmp_path / "policy"
     shutil.copytree(checkpoint, other)
     text = (other / "policy.json").read_text()
@@ -160,6 +240,20 @@ def test_cameras_that_libero_does_not_have_are_refused(checkpoint: Path, tmp_pat
     (other / "policy.json").write_text(text.replace('"wrist"', '"front"'))
     with pytest.raises(UserError, match="looks through front, but LIBERO here has agentview, wrist"):
         evaluate(config(other, f"output={tmp_path / 'out'}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_actions_of_another_robot_are_refused(tmp_path: Path) -> None:
+    other = save_policy(tmp_path / "policy", action_dim=6)
+    with pytest.raises(UserError, match="gives actions of 6 numbers, but LIBERO's have 7"):
+        evaluate(config(other, f"output={tmp_path / 'out'}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_checkpoint_has_to_fit_is_what_the_simulator_has() -> None:
+    from dtvla.sim import env
+
+    assert (tuple(env.CAMERAS), env.ACTION_DIM) == (CAMERAS, ACTION_DIM)
 
 
 def test_modes_and_suites_have_folders_of_their_own_named_by_the_run(checkpoint: Path) -> None:
@@ -173,10 +267,12 @@ def test_modes_and_suites_have_folders_of_their_own_named_by_the_run(checkpoint:
 
 
 def test_all_init_states_of_the_benchmark_are_the_default(checkpoint: Path) -> None:
-    assert make_plan(config(checkpoint)).init_states == list(range(50))
+    plan = make_plan(config(checkpoint))
+    assert plan.settings["init_states"] == [spec.init_state for spec in plan.specs] == list(range(50))
 
 
 def test_workers_are_no_more_than_cores_or_episodes() -> None:
     assert worker_count("auto", 1) == 1
     assert 1 <= worker_count("auto", 1000) <= 4096
     assert worker_count(8, 3) == 3
+    assert worker_count("auto", 1000, processes=4096) == 1

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from dtvla.analysis.curves import draw_curves, read_metrics
 from dtvla.analysis.strip import draw_strip, read_pictures
 from dtvla.analysis.tables import duration, facts_table, markdown_table, percent_interval, success_bars
 from dtvla.errors import UserError
+from dtvla.rollout.journal import RUN_FILE
 from dtvla.rollout.results import RESULTS_FILE, EpisodeResult, Results, read_results, write_text
 
 if TYPE_CHECKING:
@@ -86,6 +88,8 @@ def load_evaluations(patterns: Sequence[str] | str) -> list[Evaluation]:
             folder = path.parent if path.name == RESULTS_FILE else path
             if (folder / RESULTS_FILE).is_file():
                 folders[folder] = None
+            elif (folder / RUN_FILE).is_file():
+                print(f"{folder} is not finished and left out; the same dtvla evaluate continues it", file=sys.stderr)
     if not folders:
         raise UserError(f"evaluations: no {RESULTS_FILE} in {', '.join(patterns)}; run dtvla evaluate first")
     found = [Evaluation(folder, read_results(folder)) for folder in folders]
@@ -207,7 +211,7 @@ def _collection_section(dataset: Path | None, evaluations: Sequence[Evaluation])
 
 def _repeat_section(run: Path, dataset: Path | None, evaluations: Sequence[Evaluation]) -> str:
     phases = [("collect", _collection(dataset)), ("train", _json(run / "result.json"))]
-    phases += [(f"evaluate ({v.mode})", v.results.provenance) for v in evaluations]
+    phases += [(f"evaluate ({v.mode}{_part(v)})", v.results.provenance) for v in evaluations]
     times = [(name, seconds) for name, facts in phases if (seconds := _seconds(facts)) is not None]
     commands = dict.fromkeys(str(facts["command"]) for _, facts in phases if facts.get("command"))
     parts = ["## How to repeat it"]
@@ -218,6 +222,11 @@ def _repeat_section(run: Path, dataset: Path | None, evaluations: Sequence[Evalu
         rows.append(["**together**", f"**{duration(sum(seconds for _, seconds in times))}**"])
         parts.append(markdown_table(["phase", "time"], rows))
     return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
+def _part(evaluation: Evaluation) -> str:
+    """What the seconds of an evaluation that was taken up again stand for."""
+    return ", since it was resumed" if evaluation.results.provenance.get("resumed") else ""
 
 
 def _seconds(facts: dict[str, Any]) -> float | None:

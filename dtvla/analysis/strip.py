@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from dtvla.errors import UserError
 from dtvla.rollout.results import EpisodeResult
-from dtvla.rollout.video import (
+from dtvla.sim.film import (
     BACKGROUND,
     FAILURE,
     FAINT,

@@ -2,7 +2,13 @@
 
 from dtvla.errors import UserError
 
-STUDIES = ("latency", "throughput")  # functions of dtvla.benchmarks.studies
+STUDIES = {
+    "latency": "dtvla.benchmarks.studies",
+    "throughput": "dtvla.benchmarks.studies",
+    "rollout": "dtvla.benchmarks.rollout",
+    "parity": "dtvla.benchmarks.parity",
+}
+"""Name of a study -> module with a function of that name and its ``Settings``."""
 
 
 def check_study(name: str | None) -> str:

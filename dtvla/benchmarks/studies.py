@@ -14,6 +14,7 @@ from torch import Tensor
 from dtvla.benchmarks.floor import Rates, Workload, measure_rates
 from dtvla.benchmarks.settings import Settings
 from dtvla.benchmarks.subject import Inputs, Subject
+from dtvla.benchmarks.target import Target
 from dtvla.benchmarks.timing import TOTAL, Mark, Side, interleave
 from dtvla.policy.placement import type_name
 
@@ -27,20 +28,6 @@ class Answers:
     thoughts: dict[str, list[list[int]]] = field(default_factory=dict)
     bins: dict[str, Tensor] = field(default_factory=dict)
     forwards: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A limit on a ratio: at least or at most ``limit``."""
-
-    ratio: str
-    least: bool
-    limit: float
-
-    def verdict(self, value: float) -> dict[str, Any]:
-        """Whether ``value`` meets it."""
-        met = value >= self.limit if self.least else value <= self.limit
-        return {"ratio": self.ratio, "at_least" if self.least else "at_most": self.limit, "value": value, "met": met}
 
 
 TARGETS = {

@@ -11,7 +11,9 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dtvla.callbacks import stopping
 from dtvla.errors import UserError
 
 LAST = "last.ckpt"
@@ -60,7 +62,7 @@ class ResumeCheckpoint(Checkpoint):
 
     It always saves between two training steps, so a checkpoint is a complete state: weights, optimiser, schedule,
     progress. Random numbers need no saving: data and dropout are functions of (seed, step). SIGTERM (a preemption)
-    saves at the end of the running step; Lightning then stops the training.
+    saves at the end of the running step, on all ranks of which one got it, and stops the training.
     """
 
     def __init__(self, folder: str, every_n_steps: int = 500, keep_every_n_steps: int | None = None) -> None:
@@ -75,6 +77,16 @@ class ResumeCheckpoint(Checkpoint):
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.keep_every_n_steps = keep_every_n_steps
+        self._stop = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Expect SIGTERM."""
+        stopping.listen(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stop all ranks behind the step that was saved, now that its metrics are logged."""
+        if self._stop:
+            raise SIGTERMException
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -82,7 +94,8 @@ class ResumeCheckpoint(Checkpoint):
         """Save when it is time, or when the process was asked to stop."""
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or step == trainer.max_steps or _validation_follows(trainer)
-        if due or trainer.received_sigterm:
+        self._stop = stopping.agreed(trainer)
+        if due or self._stop:
             trainer.save_checkpoint(self.folder / LAST)
         if self.keep_every_n_steps and step % self.keep_every_n_steps == 0:
             trainer.save_checkpoint(self.folder / f"step-{step:07d}.ckpt")

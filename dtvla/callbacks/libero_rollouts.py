@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from dtvla.analysis.intervals import wilson
+from dtvla.analysis.intervals import Rate
+from dtvla.callbacks import stopping
+from dtvla.callbacks.best_policy import BestPolicy
 from dtvla.callbacks.progress import PhaseProgressBar
 from dtvla.callbacks.throughput import clock_stopped
 from dtvla.errors import UserError
 from dtvla.sim.suites import get_tasks, step_limit
 
 if TYPE_CHECKING:
-    from dtvla.policy.cot import CotMode
-    from dtvla.policy.policy import Decision, Policy
+    from dtvla.data.datamodule import DemonstrationDataModule
+    from dtvla.policy.policy import Policy
     from dtvla.rollout.results import EpisodeResult
-    from dtvla.sim.pool import EnvPool
+    from dtvla.sim.pool import EnvPool, EpisodeSpec
 
 
 class LiberoRollouts(Callback):
-    """Runs episodes every k steps and after the last, and logs success with its interval, length, and a film.
+    """Runs episodes every k steps or epochs and after the last; logs success with its interval, length, and a film.
 
-    The simulators start with the first rollout and live as long as the training. Training throughput does not count the
-    time. SIGTERM during a rollout abandons it at the next decision; the step's checkpoint is then saved as usual.
-    Weights and their training are not affected: rollouts draw from seeds of their own.
+    Every rank runs its share with simulators of its own, which start with the first rollout and live as long as the
+    training. Sharded weights are gathered once for each rollout. The policy with the best success so far is kept.
+
+    Training throughput does not count the time. Weights and their training are not affected: rollouts draw from seeds
+    of their own. SIGTERM during a rollout abandons it at once; the step's checkpoint is then saved as usual, and a
+    resumed training begins with that rollout.
     """
 
     def __init__(
@@ -38,47 +45,72 @@ class LiberoRollouts(Callback):
         folder: str,
         *,
         every_n_steps: int = 0,
+        every_n_epochs: float = 0,
         at_end: bool = False,
         init_states: Sequence[int] = (),
         record: int = 1,
         workers: int = 1,
         seed: int = 0,
+        best: str | None = None,
     ) -> None:
         """Check the settings; nothing starts yet.
 
         Args:
-            env: the ``env`` group: suite, task_ids, protocol, render, image_size, max_steps, settle_steps.
+            env: the ``env`` group: suite, task_ids, max_steps and what :func:`dtvla.sim.pool.pool_settings` takes.
             cot: the ``cot`` group.
             folder: films go to ``<folder>/step-<n>/``.
             every_n_steps: steps between two rollouts; 0 for none.
+            every_n_epochs: passes over the training data between two rollouts; 0 for none.
             at_end: whether to run after the last step.
             init_states: of every task.
             record: episodes of each task to film.
-            workers: simulator processes.
+            workers: simulator processes of each rank.
             seed: of environments and sampled thoughts.
+            best: folder of the best policy, see :class:`~dtvla.callbacks.best_policy.BestPolicy`; None keeps none.
 
         Raises:
-            UserError: unknown suite or task, or no usable init states.
+            UserError: unknown suite or task, no usable init states, or a negative interval.
         """
         super().__init__()
         self.env, self.cot, self.folder = env, cot, Path(folder)
-        self.every_n_steps, self.at_end, self.record, self.seed = every_n_steps, at_end, record, seed
-        self.init_states, self.workers = list(init_states), workers
+        self.every_n_steps, self.every_n_epochs, self.at_end = every_n_steps, every_n_epochs, at_end
+        self.init_states, self.record, self.workers, self.seed = list(init_states), record, workers, seed
+        over = {"env": dict(env), "cot": dict(cot), "init_states": self.init_states, "seed": seed}
+        self.best = None if best is None else BestPolicy(Path(best), over)
+        self.owed = self._make_up = False
         self._pool: EnvPool | None = None
-        if every_n_steps or at_end:
+        for name, interval in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
+            if interval < 0:
+                raise UserError(f"callbacks.libero_rollouts.{name}: {interval} is negative; use 0 for no rollouts")
+        if every_n_steps or every_n_epochs or at_end:
             self._check()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the rollout of the checkpoint's step was abandoned."""
+        return {"owed": self.owed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over from a checkpoint."""
+        self._make_up = bool(state_dict["owed"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Expect SIGTERM."""
+        stopping.listen(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Make up for the rollout that an interrupted training did not finish."""
+        if self._make_up:
+            self._make_up = False
+            self._roll_out(trainer, pl_module)
+            if self.owed:
+                raise SIGTERMException  # nothing is lost: the checkpoint that was resumed says so, too
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Run the episodes when it is time."""
-        step = trainer.global_step
-        last = step == trainer.max_steps
-        if (self.every_n_steps and step % self.every_n_steps == 0) or (last and self.at_end):
-            with clock_stopped(trainer):
-                episodes = self.run(trainer, pl_module)
-            if episodes is not None:
-                self._log(trainer, pl_module, episodes)
+        if self._due(trainer):
+            self._roll_out(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the simulators."""
@@ -94,61 +126,107 @@ class LiberoRollouts(Callback):
             self._pool.close()
             self._pool = None
 
-    def run(self, trainer: Trainer, pl_module: LightningModule) -> list[EpisodeResult] | None:
-        """Run all episodes with the current weights; None when the training was asked to stop meanwhile."""
+    def _due(self, trainer: Trainer) -> bool:
+        step, due = trainer.global_step, False
+        if self.every_n_steps:
+            due = step % self.every_n_steps == 0
+        if self.every_n_epochs:
+            data = cast("DemonstrationDataModule", trainer.datamodule)  # type: ignore[attr-defined]
+            batch, frames = data.batch_size * trainer.world_size, len(data.train_frames) * self.every_n_epochs
+            due = due or step * batch // frames > (step - 1) * batch // frames
+        return due or (self.at_end and step == trainer.max_steps)
+
+    def _roll_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run all episodes with the current weights and report them; owe it when the training was asked to stop."""
+        from dtvla.policy.gathering import gathered
+        from dtvla.rollout.results import rate_of
+
+        with clock_stopped(trainer), torch.no_grad(), gathered(cast("Policy", pl_module.policy)) as policy:
+            episodes = self._run(trainer, policy)
+            self.owed = episodes is None
+            if episodes is None:
+                return
+            rate, best = rate_of(episodes), False
+            if self.best is not None and trainer.is_global_zero:
+                best = self.best.offer(policy, trainer.global_step, rate)
+        self._log(trainer, pl_module, episodes, rate, best)
+
+    def _run(self, trainer: Trainer, policy: Policy) -> list[EpisodeResult] | None:
+        """Run this rank's share and return the episodes of all ranks; None when a rank was asked to stop."""
+        specs = self._specs()
+        error: BaseException | None = None
+        try:
+            with stopping.interruptible(trainer):
+                own = _Share(self._run_share(trainer, policy, specs[trainer.global_rank :: trainer.world_size]))
+        except (stopping.Stopped, UserError, RuntimeError) as caught:  # the other ranks wait for an answer
+            error = caught
+            own = _Share(stopped=stopping.asked(trainer), failure=f"{type(error).__name__}: {error}")
+            self.close()  # its simulators may be in the middle of something
+        shares = _exchange(own)
+        if any(share.stopped for share in shares):
+            return None
+        if error is not None:
+            raise error
+        failures = [f"rank {rank}: {share.failure}" for rank, share in enumerate(shares) if share.failure]
+        if failures:
+            raise RuntimeError(f"rollouts at step {trainer.global_step}: {'; '.join(failures)}")
+        return [shares[index % len(shares)].episodes[index // len(shares)] for index in range(len(specs))]
+
+    def _run_share(self, trainer: Trainer, policy: Policy, specs: list[EpisodeSpec]) -> list[EpisodeResult]:
         from dtvla.policy.cot import CotMode
-        from dtvla.rollout.runner import episode_specs, run_episodes
-        from dtvla.sim.pool import EnvPool
+        from dtvla.rollout.runner import run_episodes
+        from dtvla.sim.pool import EnvPool, pool_settings
+
+        if not specs:
+            return []
+        if self._pool is None:
+            self._pool = EnvPool(min(self.workers, len(specs)), **pool_settings(self.env))
+            self._pool.__enter__()  # left by close
+        progress = trainer.progress_bar_callback
+        bar = progress.open_phase("rollouts", len(specs)) if isinstance(progress, PhaseProgressBar) else None
+        try:
+            return run_episodes(
+                policy,
+                specs,
+                self._pool,
+                CotMode.from_config(self.cot),
+                batch_size=1 if policy.model.pads_visible else None,
+                on_result=lambda _: bar.update(1) if bar else None,
+                video_dir=self.folder / f"step-{trainer.global_step:07d}",
+            )
+        finally:
+            if bar:
+                bar.close()
+
+    def _specs(self) -> list[EpisodeSpec]:
+        from dtvla.rollout.runner import episode_specs
 
         env = self.env
         tasks = get_tasks(env["suite"], env["task_ids"])
         limit = step_limit(env["suite"], env["protocol"]) if env["max_steps"] is None else env["max_steps"]
-        specs = episode_specs(tasks, self.init_states, seed=self.seed, max_steps=limit, record=self.record)
-        if self._pool is None:
-            settings = {key: env[key] for key in ("image_size", "render", "protocol", "settle_steps")}
-            self._pool = EnvPool(min(self.workers, len(specs)), **settings).__enter__()  # left by close
-        progress = trainer.progress_bar_callback
-        bar = progress.open_phase("rollouts", len(specs)) if isinstance(progress, PhaseProgressBar) else None
-        policy = cast("Policy", pl_module.policy)
-        was_training = pl_module.training
-        pl_module.eval()
-        try:
-            with torch.no_grad():
-                return run_episodes(
-                    _Interruptible(policy, trainer),
-                    specs,
-                    self._pool,
-                    CotMode.from_config(self.cot),
-                    batch_size=1 if policy.model.pads_visible else None,
-                    on_result=lambda _: bar.update(1) if bar else None,
-                    video_dir=self.folder / f"step-{trainer.global_step:07d}",
-                )
-        except (_Stopped, RuntimeError):  # the signal may have ended a simulator, too
-            self.close()
-            if not trainer.received_sigterm:
-                raise
-            return None
-        finally:
-            pl_module.train(was_training)
-            if bar:
-                bar.close()
+        return episode_specs(tasks, self.init_states, seed=self.seed, max_steps=limit, record=self.record)
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, episodes: list[EpisodeResult]) -> None:
-        rate = wilson(sum(episode.success for episode in episodes), len(episodes))
+    def _log(
+        self, trainer: Trainer, pl_module: LightningModule, episodes: list[EpisodeResult], rate: Rate, best: bool
+    ) -> None:
         values = {
             "rollout/success": rate.share,
             "rollout/success_low": rate.low,
             "rollout/success_high": rate.high,
             "rollout/episode_length": statistics.fmean(episode.steps for episode in episodes),
         }
-        pl_module.log_dict(values, logger=False)
+        pl_module.log_dict(values, logger=False)  # the same on all ranks
+        if not trainer.is_global_zero:
+            return
         films = [self.folder / episode.video for episode in episodes if episode.video]
+        films = [film for film in films if film.is_file()]  # of other machines they may not be in reach
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
             if films and hasattr(logger, "log_gif"):
                 logger.log_gif("rollout/episode", films[0], step=trainer.global_step)
         if trainer.progress_bar_callback is not None:
-            trainer.progress_bar_callback.print(f"step {trainer.global_step}: LIBERO success {rate}")
+            note = ", the best so far" if best else ""
+            trainer.progress_bar_callback.print(f"step {trainer.global_step}: LIBERO success {rate}{note}")
 
     def _check(self) -> None:
         tasks = get_tasks(self.env["suite"], self.env["task_ids"])
@@ -160,24 +238,19 @@ class LiberoRollouts(Callback):
             raise UserError(f"callbacks.libero_rollouts.workers: {self.workers} is below 1")
 
 
-class _Stopped(Exception):
-    """The training was asked to stop during a rollout."""
+@dataclass(frozen=True)
+class _Share:
+    """What a rank tells the others about its episodes."""
+
+    episodes: list[EpisodeResult] = field(default_factory=list)
+    stopped: bool = False
+    failure: str | None = None
 
 
-class _Interruptible:
-    """The policy, until the process receives SIGTERM."""
-
-    def __init__(self, policy: Policy, trainer: Trainer) -> None:
-        self.policy, self.trainer = policy, trainer
-
-    def act(
-        self,
-        observations: Sequence[Mapping[str, Any]],
-        cot: CotMode,
-        *,
-        seeds: Sequence[int],
-        drafts: Sequence[Sequence[int]] | None = None,
-    ) -> list[Decision]:
-        if self.trainer.received_sigterm:
-            raise _Stopped
-        return self.policy.act(observations, cot, seeds=seeds, drafts=drafts)
+def _exchange(share: _Share) -> list[_Share]:
+    """The shares of all ranks, in order; this one alone where training is not distributed."""
+    if not torch.distributed.is_initialized():
+        return [share]
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, share)
+    return shares

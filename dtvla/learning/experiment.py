@@ -48,6 +48,8 @@ def train(cfg: DictConfig) -> float | None:
         return _metric(cfg, result["metrics"])
     metrics = _fit(cfg, folder, checkpoint)
     print(f"policy: {folder.policy}")
+    if folder.best.exists():
+        print(f"most successful in rollouts: {folder.best}")
     return _metric(cfg, metrics)
 
 
@@ -57,6 +59,7 @@ def _fit(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> dict[st
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from dtvla.callbacks.checkpoint import read_step
+    from dtvla.policy.gathering import gathered
 
     _quiet()
     seed_everything(int(cfg.seed), verbose=False)
@@ -76,9 +79,10 @@ def _fit(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> dict[st
         print("interrupted; continue from the last checkpoint with the same command and resume=true")
         raise SystemExit(SIGINT_EXIT_CODE) from None
     metrics = _final_metrics(trainer, module, data)
+    with gathered(module.policy) as policy:
+        if trainer.is_global_zero and not folder.policy.exists():
+            policy.save(folder.policy)
     if trainer.is_global_zero:
-        if not folder.policy.exists():
-            module.policy.save(folder.policy)
         folder.finish(_result(cfg, module, trainer.global_step, metrics, time.monotonic() - started))
     return metrics
 

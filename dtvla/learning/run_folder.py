@@ -21,7 +21,7 @@ class RunFolder:
     """Paths and state of one run.
 
     Attributes:
-        path: the folder: config.yaml, metrics.csv, checkpoints/, tensorboard/, policy/, result.json.
+        path: the folder: config.yaml, metrics.csv, checkpoints/, tensorboard/, rollouts/, best/, policy/, result.json.
     """
 
     path: Path
@@ -35,6 +35,11 @@ class RunFolder:
     def policy(self) -> Path:
         """The trained policy, written when training is complete."""
         return self.path / "policy"
+
+    @property
+    def best(self) -> Path:
+        """The policy that was most successful in rollouts, if there were any."""
+        return self.path / "best"
 
     @property
     def result_file(self) -> Path:
@@ -54,7 +59,7 @@ class RunFolder:
         Raises:
             UserError: the folder holds another run's work and ``resume`` is false, or its settings differ.
         """
-        started = self.checkpoint.is_file() or self.policy.exists() or self.result_file.is_file()
+        started = any(path.exists() for path in (self.checkpoint, self.policy, self.best, self.result_file))
         if started and not resume:
             raise UserError(
                 f"name: {self.path} already holds a training run; continue it with resume=true, or train under "

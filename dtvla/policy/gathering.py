@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dtvla.policy.model import HybridVLA
 from dtvla.policy.policy import Policy
 
 
@@ -31,10 +33,13 @@ def gathered(policy: Policy) -> Iterator[Policy]:
         A policy that decides and saves like an unsharded one. Its gathered weights, in the type in which they are
         sharded, are a copy for as long as the context is open.
     """
+    for module in policy.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a validation the outermost one is still whole, in the type of its arithmetic
     if not any(isinstance(weight, DTensor) for weight in policy.model.parameters()):
         yield policy
         return
-    whole = Policy(_whole(policy.model, {}), policy.processor)  # type: ignore[arg-type]  # of the model's own class
+    whole = Policy(cast(HybridVLA, _whole(policy.model, {})), policy.processor)
     whole.engine_mode = policy.engine_mode
     yield whole
 
@@ -48,7 +53,7 @@ def _whole(module: nn.Module, known: dict[int, nn.Parameter]) -> nn.Module:
         known: gathered weights by the identity of the sharded ones, so that tied weights stay tied.
     """
     kind = next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))  # fully_shard adds a class
-    double: nn.Module = kind.__new__(kind)
+    double = cast(nn.Module, kind.__new__(kind))
     # Methods that were wrapped for sharding are bound to the sharded module: the class has the original ones.
     own = {name: value for name, value in vars(module).items() if getattr(value, "__self__", None) is not module}
     hooks = {name: _others(value) for name, value in own.items() if name.endswith("_hooks") and value}

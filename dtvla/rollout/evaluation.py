@@ -1,117 +1,51 @@
-"""One evaluation: a checked plan, episodes, ``results.json`` and films."""
+"""One evaluation: the episodes of a plan, by one process or by those of torchrun, and their results."""
 
-import hashlib
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtvla.cli import command_line
 from dtvla.errors import UserError
-from dtvla.policy.hub import Source, locate
+from dtvla.rollout import journal
 from dtvla.rollout import results as records
+from dtvla.rollout.plan import Plan, make_plan, positive, worker_count
+from dtvla.rollout.ranks import Ranks, join_ranks
 from dtvla.rollout.results import Results
-from dtvla.sim.suites import Task, get_tasks, step_limit
+from dtvla.sim.pool import EpisodeSpec, pool_settings
 
 if TYPE_CHECKING:
+    import torch
     from omegaconf import DictConfig
 
+    from dtvla.policy.cot import CotMode
     from dtvla.policy.policy import Policy
 
-CAMERAS = ("agentview", "wrist")  # what LiberoEnv observes
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an evaluation will do, checked before anything heavy is loaded.
-
-    Attributes:
-        checkpoint: folder of the policy.
-        output: folder of the results.
-        tasks: the tasks.
-        init_states: indices of the init states, the same for every task.
-        settings: everything that decides the outcome; equal settings mean the same run.
-    """
-
-    checkpoint: Path
-    output: Path
-    tasks: list[Task]
-    init_states: list[int]
-    settings: dict[str, Any]
+CAMERAS, ACTION_DIM = ("agentview", "wrist"), 7  # of LiberoEnv, whose module would bring the simulator in here
 
 
 def evaluate(cfg: "DictConfig") -> float:
-    """Run the evaluation that `cfg` (``conf/evaluate.yaml``) describes, or show it when it is finished already.
+    """Run the evaluation that `cfg` (``conf/evaluate.yaml``) describes, or what is missing of it.
+
+    Finished episodes are on disk at once: the same command continues a run that was killed, and shows a finished one.
+    Under torchrun every process takes a share of the episodes; the output folder has to be the same for all.
 
     Returns:
         The success rate over all episodes, in [0, 1].
 
     Raises:
         UserError: a setting is wrong, or the output folder holds another run.
-        RuntimeError: an episode broke; nothing is written then.
+        RuntimeError: an episode broke; the finished ones are kept.
     """
+    ranks = join_ranks()
     plan = make_plan(cfg)
-    results = finished_results(plan)
+    results = _finished(plan, ranks)
     if results is None:
-        results = _run(cfg, plan)
-        records.write_results(results, plan.output)
-    print_summary(results, plan.output)
+        results = _run(cfg, plan, ranks)
+    if ranks.first:
+        print_summary(results, plan.output)
     return results.total().share
-
-
-def make_plan(cfg: "DictConfig") -> Plan:
-    """Check the settings.
-
-    Raises:
-        UserError: see the messages below; unknown suite or task; init state out of range.
-    """
-    from omegaconf import OmegaConf
-
-    if OmegaConf.is_missing(cfg, "checkpoint"):
-        raise UserError("checkpoint: none was given; add checkpoint=FOLDER, the policy folder that dtvla train wrote")
-    source = locate(str(cfg.checkpoint))
-    env = cfg.env
-    tasks = get_tasks(env.suite, env.task_ids)
-    init_states = _init_states(cfg.init_states, tasks)
-    limit = step_limit(env.suite, env.protocol)
-    settings = {
-        "checkpoint_sha256": _digest(source),
-        "suite": env.suite,
-        "task_ids": [task.task_id for task in tasks],
-        "init_states": init_states,
-        "seed": int(cfg.seed),
-        "protocol": env.protocol,
-        "max_steps": limit if env.max_steps is None else int(env.max_steps),
-        "settle_steps": env.settle_steps,
-        "render": env.render,
-        "image_size": env.image_size,
-        "cot": OmegaConf.to_container(cfg.cot, resolve=True),
-        "compat": OmegaConf.to_container(cfg.compat, resolve=True),
-        "quantize": cfg.quantize,
-    }
-    return Plan(source.folder, _output(cfg), tasks, init_states, settings)
-
-
-def finished_results(plan: Plan) -> Results | None:
-    """The results that lie in the output folder already, or None.
-
-    Raises:
-        UserError: they belong to a run with other settings.
-    """
-    path = plan.output / records.RESULTS_FILE
-    if not path.exists():
-        return None
-    found = records.read_results(path)
-    differences = [k for k in plan.settings if found.settings.get(k) != plan.settings[k]]
-    if differences:
-        raise UserError(
-            f"output: {path} holds another run (other {', '.join(differences)}) and is not overwritten; "
-            "choose another output=FOLDER"
-        )
-    print(f"Already evaluated ({found.provenance.get('started', 'unknown time')}); these are the stored results.")
-    return found
 
 
 def print_summary(results: Results, output: Path) -> None:
@@ -138,68 +72,135 @@ def print_summary(results: Results, output: Path) -> None:
             console.print(f"video:   {output / episode.video}", soft_wrap=True, highlight=False)
 
 
-def worker_count(setting: int | str, episodes: int) -> int:
-    """Number of simulator processes: `setting`, or one per usable core for "auto", at most one per episode.
+def _finished(plan: Plan, ranks: Ranks) -> Results | None:
+    """The results that lie in the output folder already, or None.
 
     Raises:
-        UserError: neither a positive number nor "auto".
+        UserError: they belong to a run with other settings.
     """
-    if setting != "auto" and (not isinstance(setting, int) or setting < 1):
-        raise UserError(f"workers: {setting!r} is not a number of processes; use auto or 1, 2, ...")
-    return min(episodes, usable_cores() if setting == "auto" else int(setting))
+    path = plan.output / records.RESULTS_FILE
+    if not path.exists():
+        return None
+    found = records.read_results(path)
+    journal.refuse_other_settings(path, found.settings, plan.settings)
+    if ranks.first:
+        print(f"Already evaluated ({found.provenance.get('started', 'unknown time')}); these are the stored results.")
+    return found
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@dataclass(frozen=True)
+class _Crew:
+    """Who runs the episodes of this process."""
+
+    policy: "Policy"
+    cot: "CotMode"
+    batch_size: int | None
+    workers: int
+    conditions: Mapping[str, Any]
 
 
-def _run(cfg: "DictConfig", plan: Plan) -> Results:
-    from dtvla.policy import compat
-    from dtvla.policy.cot import CotMode
+def _run(cfg: "DictConfig", plan: Plan, ranks: Ranks) -> Results:
+    """Run the episodes that are not on disk yet; every process does its share, the first writes the results."""
+    started, clock = records.now(), time.monotonic()
+    before = journal.unfinished_run(plan.output, plan.settings)
+    kept = journal.kept_episodes(plan.output)
+    share = [spec for spec in ranks.share(plan.specs) if journal.episode_key(spec) not in kept]
+    crew = _crew(cfg, plan, ranks, len(share), before) if share or before is None else None
+    if before is not None:
+        provenance = {**before, "resumed": [*before["resumed"], started]}
+        if ranks.first:
+            print(f"{len(kept)} of {len(plan.specs)} episodes were finished before; going on in {plan.output}")
+    else:
+        assert crew is not None
+        provenance = _provenance(cfg, plan, crew, ranks, started)
+    with journal.Journal(plan.output, ranks.index) as own:
+        if ranks.first:
+            journal.begin_run(plan.output, plan.settings, provenance)
+        ranks.wait()
+        if crew is not None and share:
+            _run_episodes(cfg, plan, ranks, crew, share, own)
+        ranks.wait()
+    if ranks.first:
+        provenance["seconds"] = round(time.monotonic() - clock, 2)
+        journal.finish_run(plan.output, plan.settings, provenance, plan.specs)
+    ranks.wait()
+    return records.read_results(plan.output)
+
+
+def _run_episodes(
+    cfg: "DictConfig", plan: Plan, ranks: Ranks, crew: _Crew, specs: Sequence[EpisodeSpec], own: journal.Journal
+) -> None:
     from dtvla.rollout.progress import EpisodeProgress
-    from dtvla.rollout.runner import episode_specs, run_episodes
+    from dtvla.rollout.runner import run_episodes
     from dtvla.rollout.shared_pool import shared_pool
 
-    started, clock = records.now(), time.monotonic()
-    env = cfg.env
-    published = compat.Compat.from_config(plan.settings["compat"])
-    policy = _load_policy(cfg, plan.checkpoint)
-    compat.apply(policy, published)
-    cot = CotMode.from_config(plan.settings["cot"])
-    specs = episode_specs(
-        plan.tasks, plan.init_states, seed=cfg.seed, max_steps=plan.settings["max_steps"], record=cfg.record
-    )
-    batch_size = _batch_size(cfg.batch_size, policy)
-    title = f"{env.suite} cot={cfg.cot.mode}"
-    pool_settings = {key: env[key] for key in ("image_size", "render", "protocol", "settle_steps")}
-    with (
-        shared_pool(worker_count(cfg.workers, len(specs)), **pool_settings) as pool,
-        EpisodeProgress(title, len(specs)) as progress,
-    ):
-        episodes = run_episodes(
-            policy,
+    title = f"{cfg.env.suite} cot={cfg.cot.mode}" + (f" process {ranks.index}" if ranks.count > 1 else "")
+    with shared_pool(crew.workers, **pool_settings(cfg.env)) as pool, EpisodeProgress(title, len(specs)) as progress:
+
+        def finished(episode: records.EpisodeResult) -> None:
+            own.append(episode)
+            progress.update(episode)
+
+        run_episodes(
+            crew.policy,
             specs,
             pool,
-            cot,
-            batch_size=batch_size,
-            on_result=progress.update,
+            crew.cot,
+            batch_size=crew.batch_size,
+            on_result=finished,
             video_dir=plan.output / "videos",
         )
-    provenance = _provenance(cfg, plan, policy, started, time.monotonic() - clock)
-    return Results(plan.settings, provenance, episodes)
 
 
-def _load_policy(cfg: "DictConfig", checkpoint: Path) -> "Policy":
+def _crew(cfg: "DictConfig", plan: Plan, ranks: Ranks, episodes: int, before: Mapping[str, Any] | None) -> _Crew:
+    """Load the policy, and check what can be checked with it.
+
+    Raises:
+        UserError: a setting is wrong, the checkpoint does not fit LIBERO, or the run was begun under other conditions.
+    """
+    from dtvla.policy.cot import CotMode
+    from dtvla.policy.placement import type_name
+
+    device, dtype = _placement(cfg, ranks)
+    conditions = {"versions": records.versions(), "device": device.type, "dtype": type_name(dtype)}
+    if before is not None:
+        _refuse_other_conditions(plan.output, before, conditions)
+    workers = worker_count(cfg.workers, episodes, ranks.local_count)
+    policy = _load_policy(cfg, plan.checkpoint, device, dtype)
+    cot = CotMode.from_config(plan.settings["cot"])
+    return _Crew(policy, cot, _batch_size(cfg.batch_size, policy), workers, conditions)
+
+
+def _placement(cfg: "DictConfig", ranks: Ranks) -> "tuple[torch.device, torch.dtype]":
+    """Device and type of the policy; each process of a machine has a GPU of its own.
+
+    Raises:
+        UserError: unknown device or type, no such GPU, or more processes than GPUs.
+    """
     import torch
 
-    from dtvla.policy import quantization
     from dtvla.policy.placement import place
-    from dtvla.policy.policy import Policy
 
     device, dtype = place(str(cfg.device), str(cfg.dtype))
-    threads = 1 if cfg.threads == "auto" else int(cfg.threads)
-    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        if ranks.count > 1:
+            device = torch.device("cuda", ranks.local_index)
+        gpus = torch.cuda.device_count()
+        if (device.index or 0) >= gpus:
+            raise UserError(
+                f"device: {device} is not one of the {gpus} GPUs here; name another, or start as many processes as GPUs"
+            )
+        torch.cuda.set_device(device)
+    return device, dtype
+
+
+def _load_policy(cfg: "DictConfig", checkpoint: Path, device: "torch.device", dtype: "torch.dtype") -> "Policy":
+    import torch
+
+    from dtvla.policy import compat, quantization
+    from dtvla.policy.policy import Policy
+
+    torch.set_num_threads(1 if cfg.threads == "auto" else positive("threads", cfg.threads))
     policy = Policy.load(checkpoint, device=device, dtype=dtype)
     if cfg.quantize is not None and quantization.bits_of(policy.model) != cfg.quantize:
         quantization.quantize(policy.model, str(cfg.quantize))
@@ -209,58 +210,46 @@ def _load_policy(cfg: "DictConfig", checkpoint: Path) -> "Policy":
             f"checkpoint: {checkpoint} looks through {', '.join(unknown)}, but LIBERO here has {', '.join(CAMERAS)}; "
             "use a checkpoint trained on these cameras"
         )
+    numbers = policy.processor.layout.action_dim
+    if numbers != ACTION_DIM:
+        raise UserError(
+            f"checkpoint: {checkpoint} gives actions of {numbers} numbers, but LIBERO's have {ACTION_DIM}; "
+            "use a checkpoint trained on LIBERO"
+        )
+    compat.apply(policy, compat.Compat.from_config(cfg.compat))
     return policy
 
 
 def _batch_size(setting: int | str, policy: "Policy") -> int | None:
     if setting == "auto":
         return 1 if policy.model.device.type == "cpu" or policy.model.pads_visible else None
-    if not isinstance(setting, int) or setting < 1:
-        raise UserError(f"batch_size: {setting!r} is not a number of observations; use auto or 1, 2, ...")
-    return setting
+    return positive("batch_size", setting)
 
 
-def _init_states(setting: Sequence[int] | None, tasks: Sequence[Task]) -> list[int]:
-    fewest = min(tasks, key=lambda task: task.init_state_count)
-    if setting is None:
-        return list(range(fewest.init_state_count))
-    chosen = list(setting)
-    wrong = [i for i in chosen if not isinstance(i, int) or not 0 <= i < fewest.init_state_count]
-    if wrong or not chosen or len(set(chosen)) < len(chosen):
-        found = f"{wrong[0]!r} is not an init state" if wrong else f"{chosen} is empty or repeats an init state"
+def _refuse_other_conditions(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Episodes of one results file come from the same packages and the same arithmetic."""
+    old, new = ({**run["versions"], "device": run["device"], "dtype": run["dtype"]} for run in (before, now))
+    changed = [
+        f"{name} {old.get(name)}, now {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)
+    ]
+    if changed:
         raise UserError(
-            f"init_states: {found}; {fewest.suite} task {fewest.task_id} has 0 to {fewest.init_state_count - 1}"
+            f"output: the run in {folder} was begun with {'; '.join(changed)}; "
+            "go on with the same, or choose another output=FOLDER"
         )
-    return chosen
 
 
-def _output(cfg: "DictConfig") -> Path:
-    if cfg.output is not None:
-        return Path(str(cfg.output)).expanduser()
-    folder = Path(str(cfg.checkpoint)).expanduser().resolve()  # of a hub id, OWNER/NAME, the last part is a name too
-    run = folder.parent.name if folder.name == "policy" else folder.name
-    return Path(str(cfg.paths.root)) / "evaluations" / run / f"{cfg.env.suite}-{cfg.cot.mode}"
-
-
-def _digest(source: Source) -> str:
-    """One sha256 over the files that decide what the policy does."""
-    total = hashlib.sha256()
-    for path in source.files():
-        with path.open("rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
-def _provenance(cfg: "DictConfig", plan: Plan, policy: "Policy", started: str, seconds: float) -> dict[str, Any]:
+def _provenance(cfg: "DictConfig", plan: Plan, crew: _Crew, ranks: Ranks, started: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     return {
         "command": command_line("evaluate"),
         "config": OmegaConf.to_container(cfg, resolve=True),
         "checkpoint": str(plan.checkpoint),
-        "statistics_sha256": policy.processor.normalizer.statistics.digest(),
-        "versions": records.versions(),
+        "statistics_sha256": crew.policy.processor.normalizer.statistics.digest(),
+        **crew.conditions,
         "machine": records.machine(),
+        "processes": ranks.count,
         "started": started,
-        "seconds": round(seconds, 2),
+        "resumed": [],
     }

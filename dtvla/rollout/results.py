@@ -1,8 +1,8 @@
-"""What happened in an evaluation: episode records, their totals, and the file ``results.json``.
+"""What happened in an evaluation: episode records, their totals, and the two files that hold them.
 
-Every number in the file names what is behind it: command, configuration, checkpoint and statistics digests, versions
-of the packages that scores depend on, machine, seeds and init states. The file is strict JSON (no NaN, no Infinity) and
-is written whole or not at all.
+``episodes.jsonl`` has one episode per line, ``results.json`` the totals and what is behind every number: command,
+configuration, checkpoint and statistics digests, versions of the packages that scores depend on, machine, seeds and
+init states. Both are strict JSON (no NaN, no Infinity) and are written whole or not at all.
 """
 
 import json
@@ -20,8 +20,9 @@ from dtvla.analysis.intervals import Rate, wilson
 from dtvla.errors import UserError
 
 RESULTS_FILE = "results.json"
+EPISODES_FILE = "episodes.jsonl"
 RESULTS_FORMAT = "dtvla.results"
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 VERSIONED_PACKAGES = (
     "torch",
     "transformers",
@@ -89,12 +90,13 @@ class EpisodeResult:
 
 @dataclass(frozen=True)
 class Results:
-    """The content of ``results.json``.
+    """A finished evaluation.
 
     Attributes:
         settings: everything that decides the outcome (checkpoint digest, tasks, init states, seed, cot mode, ...).
             Two runs with equal settings are the same run.
-        provenance: command, configuration, versions, machine, start time, duration in seconds.
+        provenance: command, configuration, versions, machine, when it started, when it was taken up again, and the
+            seconds since the last of these.
         episodes: the episodes in the order of their specifications.
     """
 
@@ -169,7 +171,10 @@ def now() -> str:
 
 
 def write_results(results: Results, folder: Path) -> Path:
-    """Write ``<folder>/results.json`` atomically.
+    """Write ``<folder>/episodes.jsonl``, then ``<folder>/results.json``, each atomically.
+
+    Returns:
+        The path of ``results.json``.
 
     Raises:
         UserError: the folder holds results already, or cannot be written.
@@ -184,10 +189,20 @@ def write_results(results: Results, folder: Path) -> Path:
         "totals": _totals(results),
         "settings": results.settings,
         "provenance": results.provenance,
-        "episodes": [asdict(episode) for episode in results.episodes],
     }
-    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    write_text(folder / EPISODES_FILE, "".join(map(episode_line, results.episodes)))
+    write_text(path, text)
     return path
+
+
+def episode_line(episode: EpisodeResult) -> str:
+    """The episode as one line of ``episodes.jsonl``, with its newline.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    return json.dumps(asdict(episode), allow_nan=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -209,14 +224,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_results(path: Path) -> Results:
-    """Read ``results.json``; `path` is the file or its folder.
+    """Read a finished evaluation; `path` is its folder or its ``results.json``.
 
     Raises:
-        UserError: the file is missing, damaged, or of another format version.
+        UserError: a file is missing, damaged, or of another format version, or the two do not belong together.
     """
     path = path / RESULTS_FILE if path.is_dir() else path
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        document = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"results: {path} does not exist; run dtvla evaluate first") from None
     except ValueError as error:
@@ -225,16 +240,45 @@ def read_results(path: Path) -> Results:
         raise UserError(f"results: {path} was not written by dtvla evaluate")
     if document.get("format_version") != RESULTS_VERSION:
         raise UserError(
-            f"results: {path} has format version {document.get('format_version')}, this dtvla reads {RESULTS_VERSION}"
+            f"results: {path} has format version {document.get('format_version')}, this dtvla reads {RESULTS_VERSION}; "
+            "evaluate again into another folder"
         )
+    lines = path.with_name(EPISODES_FILE)
     try:
-        return Results(document["settings"], document["provenance"], [_episode(e) for e in document["episodes"]])
+        results = Results(document["settings"], document["provenance"], read_episodes(lines))
+        counted = {(t["suite"], t["task_id"]): (t["successes"], t["episodes"]) for t in document["totals"]["tasks"]}
+    except FileNotFoundError:
+        raise UserError(f"results: {lines} is missing; copy it beside {path.name}, or evaluate again") from None
     except (KeyError, TypeError) as error:
-        raise UserError(f"results: {path} is damaged ({error}); evaluate again into another folder") from None
+        raise UserError(f"results: {path} is damaged ({error!r}); evaluate again into another folder") from None
+    if counted != {key: (rate.successes, rate.episodes) for key, rate in results.by_task().items()}:
+        raise UserError(f"results: {path} and {lines.name} beside it do not belong together; copy both files again")
+    return results
+
+
+def read_episodes(path: Path) -> list[EpisodeResult]:
+    """Episodes of a file with one in every line; a last line without its newline was never finished and is left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: a line is damaged.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]
+    episodes = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            fields = _parse(line)
+            thoughts = [Thought(**thought) for thought in fields.pop("thoughts")]
+            episodes.append(EpisodeResult(**fields, thoughts=thoughts))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"results: line {number} of {path} is damaged ({error!r}); evaluate again into another folder"
+            ) from None
+    return episodes
 
 
 def rows(results: Results) -> Sequence[tuple[str, str, Rate]]:
-    """Rows of a table: (suite, task, rate) for every task, every suite with several tasks, and the total."""
+    """Rows of a table: (suite, task, rate) for every task, every suite with several tasks, and the total of several."""
     table: list[tuple[str, str, Rate]] = []
     words = {(e.suite, e.task_id): e.instruction for e in results.episodes}
     tasks = results.by_task()
@@ -258,8 +302,8 @@ def _totals(results: Results) -> dict[str, Any]:
     return totals
 
 
-def _episode(fields: dict[str, Any]) -> EpisodeResult:
-    return EpisodeResult(**{**fields, "thoughts": [Thought(**thought) for thought in fields["thoughts"]]})
+def _parse(text: str | bytes) -> Any:
+    return json.loads(text, parse_constant=_refuse_constant)
 
 
 def _refuse_constant(name: str) -> Any:

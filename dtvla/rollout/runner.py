@@ -1,31 +1,27 @@
 """Episodes of a policy in a pool of simulators, batched over whichever environments wait for a decision.
 
-A worker simulates one episode at a time and takes the next specification when it is done, so the batch never waits for
-the slowest episode. Results come back in the order of the specifications. What an episode does depends on its
-specification only: sampling seeds are a function of (specification, decision index), and with ``batch_size=1`` the
-arithmetic of a decision does not even see who else was waiting.
+A worker simulates one episode at a time and takes the next specification when it is done, one of the same task if it
+can. The policy decides as soon as half of the running environments wait, so that two groups are in flight: one is
+thought about while the other one is simulated. Results come back in the order of the specifications. What an episode
+does depends on its specification only: sampling seeds are a function of (specification, decision index), and with
+``batch_size=1`` the arithmetic of a decision does not even see who else was waiting.
 """
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from dtvla.rollout.results import EpisodeResult, Thought
-from dtvla.rollout.video import Caption, write_video
 from dtvla.sim.pool import EnvPool, EpisodeSpec, Reply
 from dtvla.sim.suites import Task
 
 if TYPE_CHECKING:
     from dtvla.policy.cot import CotMode
     from dtvla.policy.policy import Decision
-
-STRAGGLER_SECONDS = 0.004  # wait this long for more environments once one is ready
 
 
 class ActingPolicy(Protocol):
@@ -54,8 +50,6 @@ class _Running:
     thoughts: list[Thought] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
     latency: list[float] = field(default_factory=list)
-    frames: list[np.ndarray] = field(default_factory=list)
-    captions: list[Caption] = field(default_factory=list)
 
 
 def episode_name(spec: EpisodeSpec) -> str:
@@ -114,31 +108,57 @@ def run_episodes(
         batch_size: largest number of observations in one forward pass; None for as many as there are workers. With 1,
             greedy results are the same for any number of workers, to the last bit.
         on_result: called for every finished episode, in the order in which they finish.
-        video_dir: folder for the films of specifications with ``record``; None films nothing.
+        video_dir: folder for the films of specifications with ``record``, which the workers write while they simulate;
+            None films nothing.
 
     Returns:
         Results in the order of `specs`.
 
     Raises:
-        RuntimeError: an episode broke; the message names it. It is not counted as a failure of the policy. The pool
-            has unfinished work then and has to be closed.
+        RuntimeError: an episode broke, or cost too many workers; the message names it. It is not counted as a failure
+            of the policy. The pool has unfinished work then and has to be closed.
         UserError: a specification asks for what LIBERO does not have.
     """
     run = _Run(specs, pool, on_result, video_dir)
     limit = batch_size or pool.workers
-    with run.films:
-        for worker in range(pool.workers):
-            run.start_next(worker)
-        while run.running:
-            run.collect(timeout=None if not run.waiting else 0.0)
-            if len(run.waiting) < min(limit, len(run.running)):
-                run.collect(timeout=STRAGGLER_SECONDS)
-            workers = [run.waiting.popleft() for _ in range(min(limit, len(run.waiting)))]
-            if workers:
-                run.decide(workers, policy, cot)
-        for film in run.encoding:
-            film.result()
+    for worker in range(pool.workers):
+        run.start_next(worker)
+    decision_s = 0.0
+    while run.running:
+        run.gather(at_least=min(limit, -(-len(run.running) // 2)), patience_s=decision_s)
+        workers = [run.waiting.popleft() for _ in range(min(limit, len(run.waiting)))]
+        if workers:
+            began = time.monotonic()
+            run.decide(workers, policy, cot)
+            decision_s = time.monotonic() - began
     return [run.results[index] for index in range(len(specs))]
+
+
+class _Queue:
+    """Specifications that nobody runs yet, handed out so that workers seldom change their task.
+
+    A change of task costs 5 to 10 seconds: LIBERO compiles another scene.
+    """
+
+    def __init__(self, specs: Sequence[EpisodeSpec]) -> None:
+        self.left: dict[tuple[Any, ...], deque[tuple[int, EpisodeSpec]]] = {}
+        self.task_of: dict[int, tuple[Any, ...]] = {}
+        for index, spec in enumerate(specs):
+            self.left.setdefault((spec.suite, spec.task_id, spec.max_steps), deque()).append((index, spec))
+
+    def next_for(self, worker: int) -> tuple[int, EpisodeSpec] | None:
+        """The next of the worker's own task, else of the task with the most episodes left for each of its workers."""
+        if not self.left:
+            return None
+        task = self.task_of.get(worker)
+        if task not in self.left:
+            on_task = list(self.task_of.values())
+            task = max(self.left, key=lambda t: len(self.left[t]) / (1 + on_task.count(t)))
+            self.task_of[worker] = task
+        item = self.left[task].popleft()
+        if not self.left[task]:
+            del self.left[task]
+        return item
 
 
 class _Run:
@@ -154,29 +174,45 @@ class _Run:
         self.pool = pool
         self.on_result = on_result
         self.video_dir = video_dir
-        self.queue = deque(enumerate(specs))
+        self.queue = _Queue(specs)
         self.running: dict[int, _Running] = {}
         self.waiting: deque[int] = deque()
         self.results: dict[int, EpisodeResult] = {}
-        self.films = ThreadPoolExecutor(max_workers=1)  # encoding releases the GIL: simulators do not wait for films
-        self.encoding: list[Future[Path]] = []
 
     def start_next(self, worker: int) -> None:
         """Give an idle worker the next episode, if there is one."""
-        if self.queue:
-            index, spec = self.queue.popleft()
+        item = self.queue.next_for(worker)
+        if item is not None:
+            index, spec = item
             self.running[worker] = _Running(index, spec)
-            self.pool.start(worker, spec)
+            film = self.video_dir / f"{episode_name(spec)}.mp4" if self.video_dir and spec.record else None
+            self.pool.start(worker, spec, film)
+
+    def gather(self, at_least: int, patience_s: float) -> None:
+        """Wait until so many environments wait for a decision.
+
+        Once there is one, wait for others no longer than a decision takes: then waiting never costs more than deciding
+        for fewer would have (the break-even rule of the ski rental problem).
+        """
+        until: float | None = None
+        while self.running:
+            if until is None and self.waiting:
+                until = time.monotonic() + patience_s
+            enough = len(self.waiting) >= min(at_least, len(self.running))
+            self.collect(timeout=None if until is None else 0.0 if enough else max(0.0, until - time.monotonic()))
+            if enough or (until is not None and time.monotonic() >= until):
+                return
 
     def collect(self, timeout: float | None) -> None:
         """Take the replies that are there: finished episodes leave, the others wait for a decision."""
         for worker, reply in self.pool.ready(timeout):
             episode = self.running[worker]
-            self._take(episode, reply)
+            episode.observation = reply.observation
+            episode.step = int(reply.info["step"])
             if reply.over:
                 del self.running[worker]
                 self.start_next(worker)
-                self._finish(episode, success=bool(reply.info["success"]))
+                self._finish(episode, reply)
             else:
                 self.waiting.append(worker)
 
@@ -187,51 +223,27 @@ class _Run:
         drafts = [e.draft for e in episodes] if cot.speculate else None
         decisions = policy.act([e.observation for e in episodes], cot, seeds=seeds, drafts=drafts)
         for worker, episode, decision in zip(workers, episodes, decisions, strict=True):
-            self.pool.act(worker, decision.actions_SD)
+            self.pool.act(worker, decision.actions_SD, decision.thought)
             ids, forwards = decision.thought_ids, decision.thought_forwards
             written = len(ids) if forwards else 0
             episode.thoughts.append(Thought(episode.step, decision.thought, decision.truncated, written, forwards))
             episode.draft = ids
             episode.latency.append(float(decision.latency_s))
 
-    def _take(self, episode: _Running, reply: Reply) -> None:
-        episode.observation = reply.observation
-        thought = episode.thoughts[-1].text if episode.thoughts else ""
-        instruction = str(reply.observation["instruction"])
-        for offset, frame_HWC in enumerate(reply.frames):
-            step = episode.step + offset + 1 if episode.thoughts else 0
-            episode.frames.append(frame_HWC)
-            episode.captions.append(Caption(instruction, thought, step))
-        episode.step = int(reply.info["step"])
-
-    def _finish(self, episode: _Running, success: bool) -> None:
+    def _finish(self, episode: _Running, reply: Reply) -> None:
         spec = episode.spec
-        video: str | None = None
-        if spec.record and episode.frames and self.video_dir is not None:
-            path = self.video_dir / f"{episode_name(spec)}.mp4"
-            video = f"{self.video_dir.name}/{path.name}"
-            captions = self._captions(episode, success)
-            self.encoding.append(self.films.submit(write_video, path, episode.frames, captions))
         result = EpisodeResult(
             suite=spec.suite,
             task_id=spec.task_id,
             instruction=str(episode.observation["instruction"]),
             init_state=spec.init_state,
             seed=spec.seed,
-            success=success,
+            success=bool(reply.info["success"]),
             steps=episode.step,
             thoughts=episode.thoughts,
             latency=episode.latency,
-            video=video,
+            video=f"{reply.film.parent.name}/{reply.film.name}" if reply.film else None,
         )
         self.results[episode.index] = result
         if self.on_result is not None:
             self.on_result(result)
-
-    @staticmethod
-    def _captions(episode: _Running, success: bool) -> list[Caption]:
-        """The reset frame already shows the first thought; the last frame shows the outcome."""
-        first = episode.thoughts[0].text if episode.thoughts else ""
-        captions = [c if c.step else Caption(c.instruction, first, 0) for c in episode.captions]
-        last = captions[-1]
-        return [*captions[:-1], Caption(last.instruction, last.thought, last.step, success)]

@@ -71,7 +71,10 @@ def import_libero() -> ModuleType:
     Raises:
         UserError: no OpenGL backend (robosuite imports one), or a package is missing.
     """
+    from dtvla.sim.memory import keep_no_asset_files
+
     gl_backend()
+    keep_no_asset_files()
     _preset_robosuite_macros()
     with _TemporaryMatplotlibFolder(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old packages: escape sequences, deprecations

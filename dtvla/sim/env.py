@@ -14,13 +14,21 @@ import numpy as np
 
 from dtvla.errors import UserError
 from dtvla.sim.backend import import_libero
+from dtvla.sim.memory import forget_compilation
 from dtvla.sim.rendering import CAMERAS, CameraRenderer, Quality, Snapshot, take_snapshot
+from dtvla.sim.stepping import Stepper, Stepping, divergence
 from dtvla.sim.suites import Protocol, get_task, load_init_states, step_limit
 
 ACTION_DIM = 7
 STATE_DIM = 8
 CONTROL_HZ = 20
 Observation = dict[str, Any]
+
+_REST = np.array([0.0] * 6 + [-1.0])
+
+
+class SimulationDiverged(RuntimeError):
+    """Positions, velocities or accelerations are not finite any more; the environment needs a reset."""
 
 
 class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
@@ -39,9 +47,12 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
         settle_steps: steps with an open, resting gripper before the first observation; not counted.
         max_steps: step limit; None takes the limit of the protocol.
         protocol: whose step limits, see :func:`dtvla.sim.suites.step_limit`.
+        stepping: "exact" has every bit of plain LIBERO's states, "fast" solves contact forces once per substep instead
+            of three times; see :mod:`dtvla.sim.stepping`.
 
     Raises:
-        UserError: unknown suite, task, quality, size, protocol or init state; no renderer on this machine.
+        UserError: unknown suite, task, quality, size, protocol, stepping or init state; no renderer on this machine.
+        SimulationDiverged: from ``reset`` and the step functions: a state is not finite.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
@@ -56,9 +67,12 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
         settle_steps: int = 10,
         max_steps: int | None = None,
         protocol: Protocol = "published",
+        stepping: Stepping = "exact",
     ):
         if render not in ("full", "draft", "none"):
             raise UserError(f"render: {render!r} is unknown; use full, draft or none")
+        if stepping not in ("exact", "fast"):
+            raise UserError(f"stepping: {stepping!r} is unknown; use exact or fast")
         if image_size < 1:
             raise UserError(f"image_size: {image_size} is not a picture size; use 1 pixel or more, 256 is usual")
         if settle_steps < 0 or (max_steps is not None and max_steps < 1):
@@ -68,6 +82,7 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
         self.image_size = image_size
         self.quality = render
         self.settle_steps = settle_steps
+        self.stepping = stepping
         self.render_mode = None if render == "none" else "rgb_array"
         self.init_states_NS = load_init_states(self.task)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
@@ -75,6 +90,7 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
         self._renderer: CameraRenderer | None = None
         self._moment: tuple[np.ndarray, Snapshot] | None = None  # proprioception and poses of the last observation
         self._libero = self._build()
+        self._stepper: Stepper | None = Stepper(self.domain, stepping)
         self._fixture_poses = self._fixtures()
         self._step: int | None = None  # None: the episode is over, or not begun
 
@@ -98,7 +114,7 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
             self._soft_reset()
             self._libero.set_init_state(self.init_states_NS[index])
             for _ in range(self.settle_steps):
-                self.domain.step([0.0] * 6 + [-1.0])
+                self._simulate(_REST)
         self._step = 0
         return self.observe(), self._info(bool(self.domain._check_success()))
 
@@ -147,7 +163,7 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
             self._renderer = None
         if self._libero is not None:
             self._libero.close()
-            self._libero = None
+            self._libero = self._stepper = None
 
     # -- the simulation underneath -------------------------------------------------------------------------------------
 
@@ -185,8 +201,13 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
                 ignore_done=True,
                 hard_reset=False,
             )
+        forget_compilation()
         domain = libero.env
         self._watch(domain)
+        # A hard reset runs two forward passes more: after compiling, and for its new renderer. Each solve warms up the
+        # next one's, so that without them states are 1e-14 off.
+        reset, forward = domain.sim.reset, domain.sim.forward
+        domain.sim.reset = lambda: (reset(), forward(), forward())
         # A hard reset loads the model a second time, which registers these samplers twice. Their draws precede those of
         # the fixture poses, so a soft reset needs both copies to place fixtures as plain LIBERO does.
         domain.object_property_initializers.extend(list(domain.object_property_initializers))
@@ -227,8 +248,18 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
             raise ValueError(f"action: {action}, expected {ACTION_DIM} finite numbers")
         if self.step_count >= self.max_steps:
             raise RuntimeError("the episode is over; call reset")
-        success = bool(self.domain.step(action)[2])
+        success = self._simulate(action)
         self._step = self.step_count + 1
+        return success
+
+    def _simulate(self, action: np.ndarray) -> bool:
+        """One control step; MuJoCo itself would answer what is not finite by going on from its model's first state."""
+        if self._stepper is None:
+            raise RuntimeError("the environment is closed")
+        success = self._stepper.step(action)
+        if fault := divergence(self.domain.sim.data._data):
+            self._step = None
+            raise SimulationDiverged(f"{self.task.suite} task {self.task.task_id}: the simulation diverged ({fault})")
         return success
 
     def _outcome(self, success: bool) -> tuple[float, bool, bool, dict[str, Any]]:
@@ -267,7 +298,8 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
         picture = gymnasium.spaces.Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
         spaces: dict[str, gymnasium.Space[Any]] = {} if self.quality == "none" else dict.fromkeys(CAMERAS, picture)
         spaces["state"] = gymnasium.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32)
-        spaces["instruction"] = gymnasium.spaces.Text(min_length=0, max_length=512, charset=string.printable)
+        letters = frozenset(string.printable + self.task.instruction)  # some of LIBERO-PRO's are beyond ASCII
+        spaces["instruction"] = gymnasium.spaces.Text(min_length=0, max_length=512, charset=letters)
         return gymnasium.spaces.Dict(spaces)
 
 

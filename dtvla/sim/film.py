@@ -5,13 +5,17 @@ readable one is shortened, with the number of words that were left out.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from dtvla.errors import UserError
 
 PANEL_WIDTH = 576
 MIN_HEIGHT = 480
@@ -70,45 +74,90 @@ def compose(frame_HWC: np.ndarray, caption: Caption) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def write_video(path: Path, frames: Sequence[np.ndarray], captions: Sequence[Caption]) -> Path:
-    """Encode an episode as H.264 mp4 at 20 frames per second; the last frame stays for one second.
+def partial_path(path: Path) -> Path:
+    """Where a film is written until it is finished."""
+    return path.with_name(f".{path.stem}.partial.mp4")
+
+
+class Film:
+    """An H.264 mp4 of 20 frames per second that is written frame by frame, while its episode runs.
+
+    It appears under its name when it is finished. All frames have the size that :func:`compose` gives.
 
     Args:
-        path: file to write; written to a temporary name first. Its folder is made when missing.
-        frames: uint8 (H, W, 3) each, the same size, at least one.
-        captions: one for each frame.
-
-    Returns:
-        `path`. The film has ``len(frames) + 20`` frames of the size that :func:`compose` gives.
-
-    Raises:
-        ValueError: no frame, or another number of captions than frames.
+        path: file to write; its folder is made when missing.
     """
-    if not frames or len(frames) != len(captions):
-        raise ValueError(f"video: {len(frames)} frames and {len(captions)} captions")
-    import av
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
-    try:
-        with av.open(str(temporary), "w", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream(
-                "libx264", rate=FRAMES_PER_SECOND, options={"crf": "20", "preset": "veryfast"}
-            )
-            stream.pix_fmt = "yuv420p"  # the one format that every browser and notebook plays
-            stream.height, stream.width = compose(frames[0], captions[0]).shape[:2]
-            for index, (frame_HWC, caption) in enumerate(zip(frames, captions, strict=True)):
-                picture = av.VideoFrame.from_ndarray(compose(frame_HWC, caption), format="rgb24")
-                picture.pts = index
-                container.mux(stream.encode(picture))
-            for index in range(HOLD_FRAMES):
-                picture.pts = len(frames) + index
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    def __init__(self, path: Path):
+        self.path = path
+        self._container: Any = None
+        self._stream: Any = None
+        self._last: Any = None
+        self._frames = 0
+
+    def add(self, frame_HWC: np.ndarray, caption: Caption) -> None:
+        """Encode one frame, uint8 (H, W, 3), with its caption beside it.
+
+        Raises:
+            UserError: the film can't be written, for example because the disk is full.
+        """
+        import av
+
+        picture_HWC = compose(frame_HWC, caption)
+        with self._told():
+            if self._container is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                options = {"movflags": "+faststart"}
+                self._container = av.open(str(partial_path(self.path)), "w", options=options)
+                # One thread: the other cores simulate.
+                options = {"crf": "20", "preset": "veryfast", "threads": "1"}
+                self._stream = self._container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=options)
+                self._stream.pix_fmt = "yuv420p"  # the one format that every browser and notebook plays
+                self._stream.height, self._stream.width = picture_HWC.shape[:2]
+            self._last = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
+            self._encode_last()
+
+    def finish(self) -> Path:
+        """Hold the last frame for one second and give the film its name.
+
+        Raises:
+            ValueError: no frame was added.
+            UserError: the film can't be written.
+        """
+        if self._container is None:
+            raise ValueError(f"{self.path}: a film needs a frame")
+        with self._told():
+            for _ in range(HOLD_FRAMES):
+                self._encode_last()
+            self._container.mux(self._stream.encode())
+            self._container.close()
+            self._container = None
+            os.replace(partial_path(self.path), self.path)
+        return self.path
+
+    def abandon(self) -> None:
+        """Leave nothing behind of a film that is not finished. Safe to call at any time."""
+        container, self._container = self._container, None
+        with suppress(OSError):  # the disk may be full, but nobody wants the last frames
+            if container is not None:
+                container.close()
+        with suppress(OSError):
+            partial_path(self.path).unlink()
+
+    def _encode_last(self) -> None:
+        self._last.pts = self._frames
+        self._frames += 1
+        self._container.mux(self._stream.encode(self._last))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # PyAV's errors are OSErrors, too
+            self.abandon()
+            raise UserError(
+                f"record: the film {self.path} can't be written ({error.strerror}); free space, or film nothing"
+            ) from error
 
 
 def wrap(text: str, letters: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from dtvla.errors import UserError
 from dtvla.sim.backend import gl_backend
+from dtvla.sim.memory import drop_textures, forget_compilation, has_textures
 
 Quality = Literal["full", "draft", "none"]
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
@@ -55,12 +56,16 @@ class CameraRenderer:
 
     Several renderers may live in one process: each makes its own context current before it draws.
     With ``quality="draft"`` the model's purely visual meshes are thinned in place, which changes pictures only.
+    The model's textures move to OpenGL: a model can be given to one renderer only.
 
     Raises:
         UserError: no OpenGL backend works, or the picture size is refused by the driver.
+        RuntimeError: the model has had a renderer.
     """
 
     def __init__(self, model: mujoco.MjModel, size: int, quality: Literal["full", "draft"] = "full"):
+        if not has_textures(model):
+            raise RuntimeError("this model has had a renderer, which has its textures; compile it again")
         self.model = model
         self.size = size
         if quality == "draft":
@@ -79,6 +84,8 @@ class CameraRenderer:
             raise UserError(
                 f"image_size: a {size}x{size} picture can't be rendered here ({error}); use a smaller one"
             ) from error
+        drop_textures(model)
+        forget_compilation()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._data = mujoco.MjData(model)
         self._scene = mujoco.MjvScene(model, maxgeom=1000)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from dtvla.analysis.intervals import wilson
 
@@ -40,6 +41,15 @@ def test_ends_are_the_shares_whose_score_test_is_on_the_edge() -> None:
         rate = wilson(successes, episodes)
         assert math.isclose(rate.low, kept.min(), abs_tol=1e-5)
         assert math.isclose(rate.high, kept.max(), abs_tol=1e-5)
+
+
+def test_interval_equals_scipys() -> None:
+    rng = np.random.default_rng(1)
+    for episodes in rng.integers(1, 700, 200).tolist():
+        successes = int(rng.integers(0, episodes + 1))
+        expected = binomtest(successes, episodes).proportion_ci(0.9, method="wilson")
+        rate = wilson(successes, episodes, confidence=0.9)
+        assert (rate.low, rate.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_interval_is_informative_at_none_and_all_successes() -> None:

@@ -16,8 +16,9 @@ from dtvla.analysis.report import load_evaluations, write_report
 from dtvla.analysis.strip import choose_decisions
 from dtvla.analysis.tables import duration, markdown_table
 from dtvla.errors import UserError
+from dtvla.rollout.journal import begin_run
 from dtvla.rollout.results import EpisodeResult, Results, Thought, machine, versions, write_results
-from dtvla.rollout.video import Caption, write_video
+from dtvla.sim.film import Caption, Film
 
 RATES = {"think": 0.9, "mask": 0.7, "random": 0.2}
 
@@ -63,8 +64,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
                       "machine": machine()}  # fmt: skip
         settings = {"cot": {"mode": mode}, "init_states": [*range(8), 20, 21]}
         write_results(Results(settings, provenance, episodes), folder)
-        frames = [rng.integers(0, 256, (48, 96, 3), dtype=np.uint8) for _ in range(13)]
-        write_video(folder / "videos" / "e.mp4", frames, [Caption("pick", "t", k) for k in range(13)])
+        film = Film(folder / "videos" / "e.mp4")
+        for step in range(13):
+            film.add(rng.integers(0, 256, (48, 96, 3), dtype=np.uint8), Caption("pick", "t", step))
+        film.finish()
     return root
 
 
@@ -138,6 +141,15 @@ def test_modes_come_in_the_order_think_mask_random(project: Path) -> None:
     assert [evaluation.mode for evaluation in found] == ["think", "mask", "random"]
 
 
+def test_an_unfinished_evaluation_is_left_out_aloud(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin_run(tmp_path / "unfinished", {}, {})
+    found = load_evaluations([str(project / "evaluations" / "nano" / "*"), str(tmp_path / "*")])
+    assert len(found) == 3
+    assert f"{tmp_path / 'unfinished'} is not finished and left out" in capsys.readouterr().err
+
+
 def test_evaluations_that_are_not_alike_are_not_compared_silently(project: Path, tmp_path: Path) -> None:
     mask = load_evaluations([str(project / "evaluations" / "nano" / "*mask")])[0].results
     settings = {**mask.settings, "render": "full", "cot": {"mode": "none"}}
@@ -145,6 +157,16 @@ def test_evaluations_that_are_not_alike_are_not_compared_silently(project: Path,
     found = [str(project / "evaluations" / "nano" / "*"), str(tmp_path / "e")]
     text = write_report(config(project, evaluations=found, output=str(tmp_path / "report.md"))).read_text()
     assert "**These evaluations also differ in render: compare them with care.**" in text
+
+
+def test_the_time_of_a_resumed_evaluation_is_called_what_it_is(project: Path, tmp_path: Path) -> None:
+    mask = load_evaluations([str(project / "evaluations" / "nano" / "*mask")])[0].results
+    provenance = {**mask.provenance, "resumed": ["2026-01-02T03:04:05+00:00"]}
+    write_results(replace(mask, provenance=provenance, episodes=mask.episodes[1:]), tmp_path / "e")
+    found = [str(project / "evaluations" / "nano" / "*think"), str(tmp_path / "e")]
+    text = write_report(config(project, evaluations=found, output=str(tmp_path / "report.md"))).read_text()
+    assert "evaluate (mask, since it was resumed)" in text
+    assert "evaluate (think) " in text
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_rollouts_are_logged_filmed_and_leave_training_alone(tmp_path: Path) -> 
         "callbacks.libero_rollouts.init_states=[30]",
     ]
     run(*settings, "name=plain")
-    run(*settings, "name=rollouts", "callbacks.libero_rollouts.every_n_steps=3")
+    run(*settings, "name=rollouts", "callbacks.libero_rollouts.every_n_epochs=0.25")  # 96 frames in batches of 8
     folder = tmp_path / "runs" / "rollouts"
     with (folder / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["rollout/success"]]
@@ -63,6 +63,8 @@ def test_rollouts_are_logged_filmed_and_leave_training_alone(tmp_path: Path) -> 
     assert events.Images("rollout/episode")[0].encoded_image_string.startswith(b"GIF")
     first, second = (load_file(tmp_path / "runs" / name / "policy/model.safetensors") for name in ("plain", "rollouts"))
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    best = load_file(folder / "best/model.safetensors")  # of step 3: an equal success later does not replace it
+    assert not all(torch.equal(weight, best[name]) for name, weight in second.items())
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,7 @@ def test_rollouts_are_logged_filmed_and_leave_training_alone(tmp_path: Path) -> 
         ({}, {"init_states": [50]}, "init_states"),
         ({}, {"init_states": []}, "init_states"),
         ({}, {"init_states": [0], "workers": 0}, "workers"),
+        ({}, {"init_states": [0], "every_n_epochs": -1}, "every_n_epochs"),
     ],
 )
 def test_bad_settings_are_refused_before_training(

@@ -47,6 +47,17 @@ def test_an_interrupted_run_is_not_overwritten(tmp_path: Path) -> None:
     assert folder.checkpoint.read_bytes() == b"weights"
 
 
+def test_the_best_policy_of_an_interrupted_run_is_not_left_to_another(tmp_path: Path) -> None:
+    folder = interrupted(tmp_path / "run")
+    folder.checkpoint.unlink()
+    folder.best.mkdir()
+    with pytest.raises(UserError, match=r"resume=true.*name="):
+        folder.begin(changed("seed", 2), resume=False)
+    with pytest.raises(UserError, match="seed"):
+        folder.begin(changed("seed", 2), resume=True)
+    assert folder.begin(CONFIG, resume=True) is None
+
+
 def test_resume_returns_the_checkpoint(tmp_path: Path) -> None:
     folder = interrupted(tmp_path / "run")
     assert folder.begin(CONFIG, resume=True) == folder.checkpoint

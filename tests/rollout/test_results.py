@@ -1,8 +1,9 @@
-"""results.json: nothing is lost on the way, nothing is overwritten, totals are right, bad files are named."""
+"""The files of results: nothing is lost on the way, nothing is overwritten, totals are right, bad files are named."""
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,38 +44,63 @@ def test_round_trip_keeps_every_field(tmp_path: Path, seed: int) -> None:
     assert not list((tmp_path / "new" / "folder").glob(".*")), "temporary files stay behind"
 
 
-def test_totals_in_the_file_are_counted_from_its_episodes(tmp_path: Path) -> None:
-    document = json.loads(write_results(random_results(5), tmp_path).read_text())
-    for task in document["totals"]["tasks"]:
-        own = [e for e in document["episodes"] if (e["suite"], e["task_id"]) == (task["suite"], task["task_id"])]
-        assert task["episodes"] == len(own)
-        assert task["successes"] == sum(e["success"] for e in own)
-        assert task["low"] <= task["rate"] <= task["high"]
-    thoughts = [thought for e in document["episodes"] for thought in e["thoughts"]]
+def test_totals_are_counted_from_the_episodes_with_wilson_intervals(tmp_path: Path) -> None:
+    totals = json.loads(write_results(random_results(5), tmp_path).read_text())["totals"]
+    episodes = lines(tmp_path)
+    groups = [(task, {"suite": task["suite"], "task_id": task["task_id"]}) for task in totals["tasks"]]
+    groups += [(suite, {"suite": name}) for name, suite in totals["suites"].items()]
+    groups += [(totals["all"], {})]
+    assert len(groups) == 2 * 3 + 2 + 1
+    for rate, key in groups:
+        own = [e for e in episodes if key.items() <= e.items()]
+        assert rate["episodes"] == len(own)
+        assert rate["successes"] == sum(e["success"] for e in own)
+        for end in (rate["low"], rate["high"]):  # Wilson's ends solve (p - end)^2 = z^2 end (1 - end) / n
+            distance = (rate["rate"] - end) ** 2
+            assert distance == pytest.approx(1.959964**2 * end * (1 - end) / len(own), abs=1e-6)
+    thoughts = [thought for e in episodes for thought in e["thoughts"]]
     per_forward = sum(t["tokens"] for t in thoughts) / sum(t["forwards"] for t in thoughts)
-    assert document["totals"]["thought_tokens_per_forward"] == pytest.approx(per_forward)
-    every = document["totals"]["all"]
-    assert every["episodes"] == len(document["episodes"]) == sum(t["episodes"] for t in document["totals"]["tasks"])
+    assert totals["thought_tokens_per_forward"] == pytest.approx(per_forward)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
 
 
 def test_given_thoughts_have_no_tokens_per_forward(tmp_path: Path) -> None:
-    """Nor do results that were written before tokens were counted; they can still be read."""
+    """Nor do thoughts that were recorded before tokens were counted."""
     episode = EpisodeResult("suite", 0, "put", 0, 0, True, 10, [Thought(0, "red bowl")], [0.1])
     path = write_results(Results({}, {}, [episode]), tmp_path)
-    text = path.read_text()
-    assert json.loads(text)["totals"]["thought_tokens_per_forward"] is None
-    document = json.loads(text)
+    assert json.loads(path.read_text())["totals"]["thought_tokens_per_forward"] is None
+    (fields,) = lines(tmp_path)
     for key in ("tokens", "forwards"):
-        del document["episodes"][0]["thoughts"][0][key]
-    path.write_text(json.dumps(document))
+        del fields["thoughts"][0][key]
+    (tmp_path / "episodes.jsonl").write_text(json.dumps(fields) + "\n")
     assert read_results(path).thought_tokens_per_forward() is None
 
 
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    results = random_results(4)
+    write_results(results, tmp_path)
+    file = tmp_path / "episodes.jsonl"
+    whole = file.read_text()
+    changed = whole.replace('"success": true', '"success": false', 1)
+    assert changed != whole
+    for content in (changed, whole[: whole.rindex("\n", 0, -1) + 1], ""):
+        file.write_text(content)
+        with pytest.raises(UserError, match="do not belong together"):
+            read_results(tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match="episodes.jsonl is missing; copy it beside results.json"):
+        read_results(tmp_path)
+
+
 def test_finished_results_are_never_overwritten(tmp_path: Path) -> None:
-    before = write_results(random_results(1), tmp_path).read_bytes()
+    write_results(random_results(1), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match="not overwritten"):
         write_results(random_results(2), tmp_path)
-    assert (tmp_path / "results.json").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_number_that_json_does_not_have_is_refused(tmp_path: Path) -> None:
@@ -92,10 +118,12 @@ def test_a_number_that_json_does_not_have_is_refused(tmp_path: Path) -> None:
         ('{"format": "dtvla.results", "format_version": NaN}', "damaged"),
         ("[]", "not written by dtvla"),
         ('{"format": "dtvla.results", "format_version": 99}', "format version 99"),
-        ('{"format": "dtvla.results", "format_version": 1, "settings": {}}', "damaged"),
+        ('{"format": "dtvla.results", "format_version": 1, "settings": {}}', "version 1, this dtvla reads 2"),
+        ('{"format": "dtvla.results", "format_version": 2, "settings": {}}', "damaged"),
     ],
 )
 def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, content: str, message: str) -> None:
+    write_results(random_results(1), tmp_path)
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match=message) as caught:
         read_results(tmp_path)
@@ -112,3 +140,12 @@ def test_table_has_a_row_for_every_task_suite_and_the_total() -> None:
     assert [task for _, task, _ in table].count("all tasks") == 2
     assert len(table) == 3 + 1 + 3 + 1 + 1
     assert table[-1][2].episodes == sum(rate.episodes for _, task, rate in table if task[:1].isdigit())
+
+
+def test_results_kept_with_the_project_are_readable(repository: Path) -> None:
+    found = [
+        path for path in (repository / "experiments").rglob("results.json") if '"dtvla.results"' in path.read_text()
+    ]
+    assert len(found) >= 3
+    for path in found:
+        assert read_results(path).episodes

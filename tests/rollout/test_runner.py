@@ -1,6 +1,10 @@
 """Episodes on the real LIBERO: independent of workers and batching, complete, in order, never silently lost."""
 
+import os
+import signal
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +19,13 @@ from dtvla.errors import UserError
 from dtvla.policy.cot import CotMode
 from dtvla.policy.policy import build_policy
 from dtvla.rollout.results import EpisodeResult
-from dtvla.rollout.runner import decision_seed, episode_specs, run_episodes
-from dtvla.rollout.video import HOLD_FRAMES
+from dtvla.rollout.runner import _Queue, decision_seed, episode_specs, run_episodes
+from dtvla.sim.film import HOLD_FRAMES
 from dtvla.sim.pool import EnvPool, EpisodeSpec
 from dtvla.sim.suites import get_task
 
 CHUNK, LIMIT = 4, 10
-STATES = [3, 30, 11]
+STATES = [3, 30, 11, 0]
 THINK = CotMode()
 
 
@@ -59,15 +63,24 @@ class SeenPolicy:
 
 
 @pytest.fixture(scope="module")
-def one() -> Iterator[EnvPool]:
-    with EnvPool(1, image_size=48, render="draft", protocol="published") as pool:
+def four() -> Iterator[EnvPool]:
+    """The one pool of all tests: every environment costs seconds to make."""
+    with EnvPool(4, image_size=48, render="draft", protocol="published") as pool:
         yield pool
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[EnvPool]:
-    with EnvPool(2, image_size=48, render="draft", protocol="published") as pool:
-        yield pool
+@pytest.fixture
+def one(four: EnvPool) -> Iterator[EnvPool]:
+    with only(four, 1):
+        yield four
+
+
+@contextmanager
+def only(pool: EnvPool, workers: int) -> Iterator[EnvPool]:
+    """The pool as one of fewer workers."""
+    pool.workers, all_of_them = workers, pool.workers
+    yield pool
+    pool.workers = all_of_them
 
 
 def specs(record: int = 0) -> list[EpisodeSpec]:
@@ -79,18 +92,18 @@ def outcome(result: EpisodeResult) -> EpisodeResult:
 
 
 @pytest.mark.sim
-def test_episodes_do_not_depend_on_workers_batches_or_filming(one: EnvPool, two: EnvPool, tmp_path: Path) -> None:
+def test_episodes_do_not_depend_on_workers_batches_or_filming(four: EnvPool, tmp_path: Path) -> None:
     finished: list[EpisodeResult] = []
-    alone = run_episodes(SeenPolicy(), specs(), one, THINK, on_result=finished.append)
+    with only(four, 1) as one:
+        alone = run_episodes(SeenPolicy(), specs(), one, THINK, on_result=finished.append)
     assert finished == alone, "every episode is reported once"
-    policy = SeenPolicy()
-    together = run_episodes(policy, specs(record=1), two, THINK, video_dir=tmp_path / "videos")
+    with only(four, 2) as two:
+        together = run_episodes(SeenPolicy(), specs(record=1), two, THINK, video_dir=tmp_path / "videos")
     single = SeenPolicy()
-    unbatched = run_episodes(single, list(reversed(specs())), two, THINK, batch_size=1)
+    unbatched = run_episodes(single, list(reversed(specs())), four, THINK, batch_size=1)
     assert [outcome(r) for r in together] == [outcome(r) for r in alone]
     assert [outcome(r) for r in reversed(unbatched)] == [outcome(r) for r in alone]
     assert set(single.batches) == {1}
-    assert max(policy.batches) <= 2
     assert [r.init_state for r in alone] == STATES
     for result in alone:
         assert [thought.step for thought in result.thoughts] == [0, 4, 8], "chunks run open loop"
@@ -102,9 +115,58 @@ def test_episodes_do_not_depend_on_workers_batches_or_filming(one: EnvPool, two:
     check_film(tmp_path, together)
 
 
+@pytest.mark.sim
+def test_the_policy_decides_for_one_group_while_another_one_is_simulated(four: EnvPool) -> None:
+    class Slow(SeenPolicy):
+        def act(self, observations: list[dict[str, Any]], cot: Any, **more: Any) -> list[Choice]:
+            simulating.append(sum(worker.overdue is not None for worker in four._workers))
+            time.sleep(0.05)  # as long as a chunk takes
+            return super().act(observations, cot, **more)
+
+    simulating: list[int] = []
+    results = run_episodes(Slow(), specs(), four, THINK)
+    assert [r.init_state for r in results] == STATES
+    assert max(simulating) >= 2
+    assert len(simulating) < sum(len(r.thoughts) for r in results), "and it decides for several at once"
+
+
+@pytest.mark.sim
+def test_a_killed_worker_changes_no_episode(four: EnvPool) -> None:
+    class Killing(SeenPolicy):
+        def act(self, observations: list[dict[str, Any]], cot: Any, **more: Any) -> list[Choice]:
+            if len(self.batches) == 3:
+                os.kill(two.process_ids[0], signal.SIGKILL)
+            return super().act(observations, cot, **more)
+
+    finished: list[EpisodeResult] = []
+    with only(four, 2) as two:
+        undisturbed = run_episodes(SeenPolicy(), specs(), two, THINK)
+        two.losses.clear()
+        disturbed = run_episodes(Killing(), specs(), two, THINK, on_result=finished.append)
+        assert len(two.losses) == 1
+    assert [outcome(r) for r in disturbed] == [outcome(r) for r in undisturbed]
+    assert sorted(r.init_state for r in finished) == sorted(STATES), "each is counted once"
+
+
+def test_workers_keep_their_task_as_long_as_it_has_episodes() -> None:
+    todo = [EpisodeSpec("libero_goal", task, state, 0) for task in range(6) for state in range(5)]
+    queue = _Queue(todo)
+    taken: dict[int, list[tuple[int, EpisodeSpec]]] = {0: [], 1: [], 2: []}
+    turn = 0
+    while (item := queue.next_for(turn % 3)) is not None:
+        taken[turn % 3].append(item)
+        turn += 1
+    assert sorted(index for items in taken.values() for index, _ in items) == list(range(len(todo)))
+    assert all(todo[index] == spec for items in taken.values() for index, spec in items)
+    for items in taken.values():
+        assert [spec.task_id for _, spec in items] == [items[0][1].task_id] * 5 + [items[5][1].task_id] * 5
+    queue = _Queue(todo[:5])
+    assert [queue.next_for(worker) for worker in (0, 1, 0, 1, 0, 1)] == [*enumerate(todo[:5]), None], "all help at last"
+
+
 def check_film(folder: Path, results: list[EpisodeResult]) -> None:
     """The reset and every step are filmed, of the first episode only."""
-    assert [r.video is None for r in results] == [False, True, True]
+    assert [r.video is None for r in results] == [False, True, True, True]
     with av.open(str(folder / str(results[0].video))) as container:
         frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
     assert len(frames) == 1 + LIMIT + HOLD_FRAMES
@@ -115,7 +177,7 @@ def check_film(folder: Path, results: list[EpisodeResult]) -> None:
 
 
 @pytest.mark.sim
-def test_each_episode_drafts_with_its_own_last_thought(two: EnvPool) -> None:
+def test_each_episode_drafts_with_its_own_last_thought(four: EnvPool) -> None:
     """Also after a worker took over another episode; what the model wrote is counted."""
 
     class Drafting(SeenPolicy):
@@ -134,9 +196,9 @@ def test_each_episode_drafts_with_its_own_last_thought(two: EnvPool) -> None:
     before = {
         decision_seed(spec, k + 1): [decision_seed(spec, k) % 997, 8, 9] for spec in specs() for k in range(LIMIT)
     }
-    results = run_episodes(Drafting(), specs(), two, CotMode(speculate=True))
+    results = run_episodes(Drafting(), specs(), four, CotMode(speculate=True))
     thoughts = [thought for result in results for thought in result.thoughts]
-    assert len(thoughts) == 9
+    assert len(thoughts) == 12
     assert {(t.tokens, t.forwards) for t in thoughts} == {(3, 2)}
 
 

@@ -132,12 +132,13 @@ def test_observations_fit_the_space_and_the_callers_random_numbers_are_left_alon
 
 
 def test_the_step_limit_truncates_and_ends_the_episode() -> None:
-    env = LiberoEnv("libero_object", 0, render="none", max_steps=4, settle_steps=0)
+    env = LiberoEnv("libero_goal_lan", 0, render="none", max_steps=4, settle_steps=0)  # its instruction has a ’
     with pytest.raises(RuntimeError, match="call reset"):
         env.step(np.zeros(7))
     env.reset()
     observation, reward, terminated, truncated, info = env.step_chunk(np.zeros((10, 7)))
     assert set(observation) == {"state", "instruction"}
+    assert env.observation_space.contains(observation)
     assert (reward, terminated, truncated, info["steps"], info["step"]) == (0.0, False, True, 4, 4)
     with pytest.raises(RuntimeError, match="call reset"):
         env.step(np.zeros(7))
@@ -160,6 +161,7 @@ def test_the_step_limit_truncates_and_ends_the_episode() -> None:
         ({"protocol": "mine"}, "^protocol: 'mine'"),
         ({"image_size": 0}, "^image_size: 0 "),
         ({"max_steps": 0}, "^max_steps: 0 "),
+        ({"stepping": "quick"}, "^stepping: 'quick' is unknown; use exact or fast$"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:

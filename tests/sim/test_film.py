@@ -6,7 +6,8 @@ import av
 import numpy as np
 import pytest
 
-from dtvla.rollout.video import HOLD_FRAMES, PANEL_WIDTH, Caption, compose, fit, write_video
+from dtvla.errors import UserError
+from dtvla.sim.film import HOLD_FRAMES, PANEL_WIDTH, Caption, Film, compose, fit, partial_path
 
 
 def random_frames(count: int, height: int, seed: int = 0) -> list[np.ndarray]:
@@ -18,7 +19,11 @@ def random_frames(count: int, height: int, seed: int = 0) -> list[np.ndarray]:
 def test_film_has_every_frame_once_and_holds_the_outcome(tmp_path: Path, height: int, scale: int) -> None:
     frames = random_frames(4, height)
     captions = [Caption("lift the bowl", "going down", i, True if i == 3 else None) for i in range(4)]
-    path = write_video(tmp_path / "films" / "a.mp4", frames, captions)
+    film = Film(tmp_path / "films" / "a.mp4")
+    for frame_HWC, caption in zip(frames, captions, strict=True):
+        film.add(frame_HWC, caption)
+        assert not film.path.exists(), "a film appears when it is complete"
+    path = film.finish()
     with av.open(str(path)) as container:
         decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert container.streams.video[0].average_rate == 20
@@ -68,6 +73,29 @@ def test_a_word_wider_than_the_panel_is_broken_not_lost() -> None:
 
 
 def test_no_frames_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="0 frames"):
-        write_video(tmp_path / "a.mp4", [], [])
+    with pytest.raises(ValueError, match="needs a frame"):
+        Film(tmp_path / "a.mp4").finish()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_abandoned_film_leaves_nothing_and_a_second_try_replaces_a_broken_one(tmp_path: Path) -> None:
+    frame = random_frames(1, 64)[0]
+    film = Film(tmp_path / "a.mp4")
+    for step in range(40):  # more than the encoder keeps to itself
+        film.add(frame, Caption("lift", "", step))
+    assert len(list(tmp_path.iterdir())) == 1
+    film.abandon()
+    film.abandon()
+    assert not list(tmp_path.iterdir())
+    partial_path(tmp_path / "a.mp4").write_bytes(b"what a killed worker left")
+    again = Film(tmp_path / "a.mp4")
+    again.add(frame, Caption("lift", "", 0))
+    again.finish()
+    again.abandon()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_film_that_can_not_be_written_is_a_clear_error() -> None:
+    film = Film(Path("/dev/null/films/a.mp4"))
+    with pytest.raises(UserError, match=r"^record: the film /dev/null/films/a.mp4 can't be written \(Not a directory"):
+        film.add(random_frames(1, 64)[0], Caption("lift", "", 0))

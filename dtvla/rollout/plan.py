@@ -1,0 +1,149 @@
+"""What an evaluation will do: its settings, checked before anything heavy is loaded."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtvla.errors import UserError
+from dtvla.policy.hub import Source, locate
+from dtvla.rollout.runner import episode_specs
+from dtvla.sim.pool import EpisodeSpec, pool_settings
+from dtvla.sim.suites import Task, get_tasks, step_limit
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked evaluation.
+
+    Attributes:
+        checkpoint: folder of the policy.
+        output: folder of the results.
+        specs: all episodes, tasks outermost.
+        settings: everything that decides the outcome; equal settings mean the same run.
+    """
+
+    checkpoint: Path
+    output: Path
+    specs: list[EpisodeSpec]
+    settings: dict[str, Any]
+
+
+def make_plan(cfg: "DictConfig") -> Plan:
+    """Check the settings.
+
+    Raises:
+        UserError: see the messages below; unknown suite or task; init state out of range.
+    """
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_missing(cfg, "checkpoint"):
+        raise UserError("checkpoint: none was given; add checkpoint=FOLDER, the policy folder that dtvla train wrote")
+    source = locate(str(cfg.checkpoint))
+    env = cfg.env
+    tasks = get_tasks(env.suite, env.task_ids)
+    task_ids = [task.task_id for task in tasks]
+    if not tasks or len(set(task_ids)) < len(task_ids):
+        raise UserError(f"env.task_ids: {task_ids} is empty or repeats a task; name each once, or null for all")
+    if env.render == "none":
+        raise UserError("env.render: none gives the policy no pictures; use full, or draft as in training")
+    init_states = _init_states(cfg.init_states, tasks)
+    limit = step_limit(env.suite, env.protocol)
+    settings = {
+        "checkpoint_sha256": _digest(source),
+        "suite": env.suite,
+        "task_ids": task_ids,
+        "init_states": init_states,
+        "seed": int(cfg.seed),
+        "max_steps": limit if env.max_steps is None else int(env.max_steps),
+        **pool_settings(env),
+        "cot": OmegaConf.to_container(cfg.cot, resolve=True),
+        "compat": OmegaConf.to_container(cfg.compat, resolve=True),
+        "quantize": cfg.quantize,
+    }
+    specs = episode_specs(
+        tasks,
+        init_states,
+        seed=settings["seed"],
+        max_steps=settings["max_steps"],
+        record=_filmed(cfg.record, init_states),
+    )
+    return Plan(source.folder, _output(cfg), specs, settings)
+
+
+def worker_count(setting: int | str, episodes: int, processes: int = 1) -> int:
+    """Number of simulator processes: `setting`, or the usable cores for "auto"; at most one per episode.
+
+    Args:
+        setting: a number or "auto".
+        episodes: how many will run.
+        processes: evaluating processes on this machine, which share its cores.
+
+    Raises:
+        UserError: neither a positive number nor "auto".
+    """
+    return min(episodes, max(1, usable_cores() // processes) if setting == "auto" else positive("workers", setting))
+
+
+def positive(name: str, setting: Any) -> int:
+    """The value of a setting that is a number from 1 on, or "auto", which the caller has dealt with.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not isinstance(setting, int) or setting < 1:
+        raise UserError(f"{name}: {setting!r} is not a number from 1 on; use auto or 1, 2, ...")
+    return setting
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _init_states(setting: Sequence[int] | None, tasks: Sequence[Task]) -> list[int]:
+    fewest = min(tasks, key=lambda task: task.init_state_count)
+    if setting is None:
+        return list(range(fewest.init_state_count))
+    chosen = list(setting)
+    wrong = [i for i in chosen if not isinstance(i, int) or not 0 <= i < fewest.init_state_count]
+    if wrong or not chosen or len(set(chosen)) < len(chosen):
+        found = f"{wrong[0]!r} is not an init state" if wrong else f"{chosen} is empty or repeats an init state"
+        raise UserError(
+            f"init_states: {found}; {fewest.suite} task {fewest.task_id} has 0 to {fewest.init_state_count - 1}"
+        )
+    return chosen
+
+
+def _filmed(setting: int | Sequence[int], init_states: Sequence[int]) -> list[int]:
+    """The init states of every task to film."""
+    if isinstance(setting, int) and setting >= 0:
+        return list(init_states[:setting])
+    chosen = [setting] if isinstance(setting, int | str) else list(setting)
+    if not set(chosen) <= set(init_states):
+        raise UserError(
+            f"record: {setting} is neither a number of episodes nor some of the init states {list(init_states)}"
+        )
+    return chosen
+
+
+def _output(cfg: "DictConfig") -> Path:
+    if cfg.output is not None:
+        return Path(str(cfg.output)).expanduser()
+    folder = Path(str(cfg.checkpoint)).expanduser().resolve()  # of a hub id, OWNER/NAME, the last part is a name too
+    run = {"policy": folder.parent.name, "best": f"{folder.parent.name}-best"}.get(folder.name, folder.name)
+    return Path(str(cfg.paths.root)) / "evaluations" / run / f"{cfg.env.suite}-{cfg.cot.mode}"
+
+
+def _digest(source: Source) -> str:
+    """One sha256 over the files that decide what the policy does."""
+    total = hashlib.sha256()
+    for path in source.files():
+        with path.open("rb") as file:
+            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
