@@ -11,16 +11,16 @@ from dtvla.benchmarks.recording import Recording
 from dtvla.errors import UserError
 
 ENV: dict[str, Any] = {
-    "suite": "libero_goal",
+    "suite": "libero_object",
     "task_ids": None,
     "protocol": "published",
-    "max_steps": 45,  # long enough to grip the bottle
+    "max_steps": 45,  # long enough to move every joint
     "render": "full",
     "image_size": 64,
     "settle_steps": 10,
     "stepping": "exact",
 }
-TASK = 2
+TASK = 0
 Replayed = tuple[Recording, Moments, dict[str, Any]]
 
 

@@ -183,8 +183,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_ctrl_c_in_a_terminal_ends_everything_at_once(tmp_path: Path) -> None:
     """The terminal sends SIGINT to the whole process group, workers included."""
     code = """
+import signal
 from pathlib import Path
 from dtvla.sim.pool import EnvPool, EpisodeSpec
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 with EnvPool(1, image_size=32, render="none") as pool:
     pool.start(0, EpisodeSpec("libero_object", 0, 0, 0))
     print(pool.process_ids[0], flush=True)
@@ -198,7 +200,10 @@ with EnvPool(1, image_size=32, render="none") as pool:
         worker = int(parent.stdout.readline())
         time.sleep(1.0)
         os.killpg(parent.pid, signal.SIGINT)
-        _, errors = parent.communicate(timeout=20)
+        try:
+            _, errors = parent.communicate(timeout=20)
+        finally:
+            parent.kill()
     assert "KeyboardInterrupt" in errors
     assert "worker" not in errors
     assert not alive(worker)
