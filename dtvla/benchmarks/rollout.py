@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from dtvla.benchmarks import of_fields
 from dtvla.benchmarks.footprint import growth, stages
 from dtvla.benchmarks.processes import in_child, usable_cores
 from dtvla.benchmarks.recording import Recording, record
@@ -74,11 +75,7 @@ class Settings:
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> Settings:
         """From plain values; other keys of the configuration are left aside."""
-        known = {f.name for f in fields(cls)}
-        chosen: dict[str, Any] = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known
-        }
-        return cls(**chosen)
+        return cls(**of_fields(cls, values))
 
 
 def rollout(settings: Settings) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
 
+from dtvla.benchmarks import of_fields
 from dtvla.errors import UserError
 from dtvla.policy.placement import DTYPES, place
 from dtvla.policy.runtime import Mode
@@ -75,11 +76,7 @@ class Settings:
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> Settings:
         """From plain values; other keys of the configuration are left aside."""
-        known = {f.name for f in fields(cls)}
-        chosen: dict[str, Any] = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known
-        }
-        return cls(**chosen)
+        return cls(**of_fields(cls, values))
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Device and type of the weights.
