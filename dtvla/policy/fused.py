@@ -33,6 +33,10 @@ PARTS = (
 _config: Any = numba.config
 _intrinsic: Any = intrinsic  # its types do not know that the first argument is Numba's own
 _OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+try:
+    njit(**_OPTIONS)(lambda: None)
+except RuntimeError:  # neither this folder nor the user's cache can be written: compiled anew in each process
+    _OPTIONS["cache"] = False
 
 
 def can_fuse(language: Any) -> bool:
