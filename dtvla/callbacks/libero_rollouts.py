@@ -18,6 +18,7 @@ from dtvla.callbacks.best_policy import BestPolicy
 from dtvla.callbacks.progress import PhaseProgressBar
 from dtvla.callbacks.throughput import clock_stopped
 from dtvla.errors import UserError
+from dtvla.sim.pool import pool_settings
 from dtvla.sim.suites import get_tasks, step_limit
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class LiberoRollouts(Callback):
     def _run_share(self, trainer: Trainer, policy: Policy, specs: list[EpisodeSpec]) -> list[EpisodeResult]:
         from dtvla.policy.cot import CotMode
         from dtvla.rollout.runner import run_episodes
-        from dtvla.sim.pool import EnvPool, pool_settings
+        from dtvla.sim.pool import EnvPool
 
         if not specs:
             return []
@@ -229,6 +230,7 @@ class LiberoRollouts(Callback):
             trainer.progress_bar_callback.print(f"step {trainer.global_step}: LIBERO success {rate}{note}")
 
     def _check(self) -> None:
+        pool_settings(self.env)
         tasks = get_tasks(self.env["suite"], self.env["task_ids"])
         most = min(task.init_state_count for task in tasks)
         if not self.init_states or not all(0 <= i < most for i in self.init_states):

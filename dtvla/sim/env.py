@@ -15,8 +15,9 @@ import numpy as np
 from dtvla.errors import UserError
 from dtvla.sim.backend import import_libero
 from dtvla.sim.memory import forget_compilation
-from dtvla.sim.rendering import CAMERAS, CameraRenderer, Quality, Snapshot, take_snapshot
-from dtvla.sim.stepping import Stepper, Stepping, divergence
+from dtvla.sim.rendering import CAMERAS, CameraRenderer, Snapshot, take_snapshot
+from dtvla.sim.settings import Quality, Stepping, check_settings
+from dtvla.sim.stepping import Stepper, divergence
 from dtvla.sim.suites import Protocol, get_task, load_init_states, step_limit
 
 ACTION_DIM = 7
@@ -69,14 +70,9 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
         protocol: Protocol = "published",
         stepping: Stepping = "exact",
     ):
-        if render not in ("full", "draft", "none"):
-            raise UserError(f"render: {render!r} is unknown; use full, draft or none")
-        if stepping not in ("exact", "fast"):
-            raise UserError(f"stepping: {stepping!r} is unknown; use exact or fast")
-        if image_size < 1:
-            raise UserError(f"image_size: {image_size} is not a picture size; use 1 pixel or more, 256 is usual")
-        if settle_steps < 0 or (max_steps is not None and max_steps < 1):
-            raise UserError(f"max_steps: {max_steps} with settle_steps: {settle_steps}; use at least 1 and 0")
+        check_settings(
+            render=render, stepping=stepping, image_size=image_size, settle_steps=settle_steps, max_steps=max_steps
+        )
         self.task = get_task(suite, task_id)
         self.max_steps = step_limit(suite, protocol) if max_steps is None else max_steps
         self.image_size = image_size

@@ -28,6 +28,7 @@ import numpy as np
 
 from dtvla.errors import UserError
 from dtvla.sim.film import partial_path
+from dtvla.sim.settings import check_settings
 from dtvla.sim.shared_pictures import SharedPictures
 
 _GOODBYE_S = 5.0
@@ -110,7 +111,13 @@ class _Worker:
 
 
 def pool_settings(env: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of :class:`EnvPool` from the config group ``env``."""
+    """Keyword arguments of :class:`EnvPool` from the config group ``env``.
+
+    Raises:
+        UserError: a worker could not be made with them.
+    """
+    checked = ("render", "stepping", "image_size", "settle_steps")
+    check_settings(**{key: env[key] for key in checked}, max_steps=env.get("max_steps"))
     return {key: env[key] for key in ("image_size", "render", "protocol", "settle_steps", "stepping")}
 
 

@@ -10,12 +10,12 @@ LIBERO's states; ``fast`` keeps the last, which is the only one that moves anyth
 """
 
 import logging
-from typing import Any, Literal
+from typing import Any
 
 import mujoco
 import numpy as np
 
-Stepping = Literal["exact", "fast"]
+from dtvla.sim.settings import Stepping
 
 _FATAL = {
     "position": mujoco.mjtWarning.mjWARN_BADQPOS,

@@ -20,7 +20,10 @@ from dtvla.errors import UserError
 from dtvla.learning.experiment import train
 
 LIMIT = 20
-ENV = {"suite": "libero_object", "task_ids": [0], "protocol": "published", "max_steps": LIMIT}
+ENV = {
+    **{"suite": "libero_object", "task_ids": [0], "protocol": "published", "max_steps": LIMIT},
+    **{"render": "draft", "stepping": "exact", "image_size": 64, "settle_steps": 10},
+}
 
 
 def run(*overrides: str) -> None:

@@ -1,0 +1,24 @@
+"""What an environment can be told, checked without importing the simulator."""
+
+from typing import Any, Literal, get_args
+
+from dtvla.errors import UserError
+
+Quality = Literal["full", "draft", "none"]
+Stepping = Literal["exact", "fast"]
+
+
+def check_settings(*, render: Any, stepping: Any, image_size: Any, settle_steps: Any, max_steps: Any = None) -> None:
+    """Refuse what :class:`dtvla.sim.env.LiberoEnv` can't be made with.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for name, value, choices in (("render", render, get_args(Quality)), ("stepping", stepping, get_args(Stepping))):
+        if value not in choices:
+            raise UserError(f"{name}: {value!r} is unknown; use {', '.join(choices[:-1])} or {choices[-1]}")
+    for name, value, least, usual in (("image_size", image_size, 1, 256), ("settle_steps", settle_steps, 0, 10)):
+        if not isinstance(value, int) or value < least:
+            raise UserError(f"{name}: {value!r} is not a whole number from {least} on; {usual} is usual")
+    if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
+        raise UserError(f"max_steps: {max_steps!r} is not a number of steps; use 1 or more, or null for the protocol's")
