@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections import defaultdict
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtvla.cli import command_line, entry
+from dtvla.cores import worker_count
 from dtvla.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,15 +56,6 @@ def request_from(cfg: DictConfig) -> CollectionRequest:
         max_steps=int(cfg.max_steps),
         max_attempts=int(cfg.max_attempts),
     )
-
-
-def worker_count(setting: str | int, episodes: int) -> int:
-    """Processes to use: ``auto`` is one per core this process may use, at most one per episode."""
-    if setting == "auto":
-        return max(1, min(len(os.sched_getaffinity(0)), episodes))
-    if isinstance(setting, int) and setting >= 1:
-        return setting
-    raise UserError(f"workers: found {setting!r}; use auto or a number from 1")
 
 
 def collect(request: CollectionRequest, root: Path, workers: str | int = "auto") -> dict[str, Any]:

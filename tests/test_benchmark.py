@@ -12,7 +12,7 @@ import torch
 from policy.conftest import SETTINGS
 
 from dtvla.benchmarks.floor import Rates, Workload
-from dtvla.benchmarks.record import run, write
+from dtvla.benchmarks.record import run, settings_of, write
 from dtvla.benchmarks.settings import Settings
 from dtvla.benchmarks.studies import TARGETS, latency, throughput
 from dtvla.benchmarks.subject import Subject, spoil
@@ -46,7 +46,7 @@ VALUES: dict[str, Any] = {
 
 
 def settings(**changes: Any) -> Settings:
-    return Settings.from_config(VALUES | changes)
+    return settings_of("latency", VALUES | changes)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtvla.collect import collect, collection_record, worker_count
+from dtvla.collect import collect, collection_record
+from dtvla.cores import worker_count
 from dtvla.data.collection import CollectionRequest, Workspace
 from dtvla.data.collection_worker import Recorder
 from dtvla.data.staging import EpisodeSource, episode_path

@@ -17,9 +17,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from dtvla.cli import config_dir
+from dtvla.cores import worker_count
 from dtvla.errors import UserError
 from dtvla.rollout.evaluation import ACTION_DIM, CAMERAS, evaluate
-from dtvla.rollout.plan import make_plan, worker_count
+from dtvla.rollout.plan import make_plan
 from dtvla.rollout.results import read_results
 from dtvla.rollout.shared_pool import close_shared_pool
 

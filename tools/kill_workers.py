@@ -20,12 +20,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dtvla.policy.cot import CotMode
+from dtvla.policy.policy import Decision
 from dtvla.rollout.results import EpisodeResult, versions
 from dtvla.rollout.runner import decision_seed, run_episodes
 from dtvla.sim.pool import EnvPool, EpisodeSpec
@@ -50,18 +52,6 @@ class Recording:
     digests: list[str]
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """The fields of a decision that the runner reads; the thought is what was seen."""
-
-    thought: str
-    actions_SD: np.ndarray
-    truncated: bool = False
-    latency_s: float = 0.0
-    thought_ids: list[int] = field(default_factory=list)
-    thought_forwards: int = 0
-
-
 class Replay:
     """A policy that plays recordings and writes down what it sees."""
 
@@ -74,16 +64,10 @@ class Replay:
 
     def act(
         self, observations: Sequence[Mapping[str, Any]], cot: Any, *, seeds: Sequence[int], drafts: Any = None
-    ) -> list[Any]:
-        """The recorded chunk that belongs to each seed."""
+    ) -> list[Decision]:
+        """The recorded chunk that belongs to each seed; its thought is a hash of what was seen."""
         seen = [digest(observation) for observation in observations]
-        return [Replayed(text, self.chunks[seed]) for text, seed in zip(seen, seeds, strict=True)]
-
-
-class NoThoughts:
-    """The runner asks a mode of thinking for nothing but this."""
-
-    speculate = False
+        return [Decision(text, self.chunks[seed]) for text, seed in zip(seen, seeds, strict=True)]
 
 
 def digest(observation: Mapping[str, Any]) -> str:
@@ -190,7 +174,7 @@ def main() -> int:
         killer = threading.Thread(target=kill_at_random, args=order)
         killer.start()
         try:
-            results = run_episodes(Replay(recordings), specs, pool, NoThoughts(), on_result=finished.append)
+            results = run_episodes(Replay(recordings), specs, pool, CotMode(), on_result=finished.append)
         finally:
             over.set()
             killer.join()

@@ -12,9 +12,8 @@ from typing import Any
 
 from dtvla.analysis.intervals import Rate, wilson
 from dtvla.errors import UserError
-from dtvla.rollout.results import EpisodeResult, Results
+from dtvla.rollout.results import EpisodeResult, Key, Results, episode_key
 
-Key = tuple[str, int, int, int]  # suite, task id, init state, seed
 # Settings that two evaluations are made to differ in, and those that pairing by key takes care of.
 SUBJECT = ("checkpoint_sha256", "cot", "compat", "quantize")
 SELECTION = ("suite", "task_ids", "init_states", "seed")
@@ -222,7 +221,7 @@ def _what(results: Results) -> str:
 def _by_key(name: str, results: Results) -> dict[Key, EpisodeResult]:
     episodes: dict[Key, EpisodeResult] = {}
     for episode in results.episodes:
-        key = (episode.suite, episode.task_id, episode.init_state, episode.seed)
+        key = episode_key(episode)
         if key in episodes:
             raise UserError(
                 f"{name}: {episode.suite} task {episode.task_id}, init state {episode.init_state}, seed {episode.seed}"

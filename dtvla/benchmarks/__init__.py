@@ -1,9 +1,5 @@
 """Measurements of speed: what is timed, against what, and how far it is from what the device allows."""
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
-
 from dtvla.errors import UserError
 
 STUDIES = {
@@ -26,9 +22,3 @@ def check_study(name: str | None) -> str:
     found = "none was named" if name is None else f"{name!r} is unknown"
     choices = ", ".join(STUDIES)
     raise UserError(f"benchmark: {found}; begin with one of {choices}, e.g. dtvla benchmark latency model=small")
-
-
-def of_fields(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a dataclass has fields for, with tuples for lists; other keys are left aside."""
-    known = {f.name for f in fields(kind)}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known}

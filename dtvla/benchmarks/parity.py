@@ -13,7 +13,7 @@ from dtvla.benchmarks.plain_stepping import PlainLibero
 from dtvla.benchmarks.processes import in_child
 from dtvla.benchmarks.recording import Recording, make_env, record
 from dtvla.errors import UserError
-from dtvla.sim.rendering import CAMERAS
+from dtvla.sim.settings import CAMERAS
 from dtvla.sim.suites import get_tasks
 
 OBSERVED = (*CAMERAS, "state")
@@ -41,11 +41,6 @@ class Settings:
             raise UserError(f"env.render: {self.env['render']!r} has other pictures than plain LIBERO; use full")
         if not isinstance(self.chunk, int) or self.chunk < 1:
             raise UserError(f"chunk: {self.chunk!r} is not a whole number from 1 on; give one")
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Settings:
-        """From plain values; other keys of the configuration are left aside."""
-        return cls(dict(values["env"]), values["init_state"], values["chunk"])
 
 
 def parity(settings: Settings) -> dict[str, Any]:

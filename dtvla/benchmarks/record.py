@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ FORMAT_VERSION = 1
 
 
 def settings_of(study: str | None, values: Mapping[str, Any]) -> Any:
-    """The settings object of a study from plain values.
+    """The settings object of a study from plain values; those that it has no field for are left aside.
 
     Raises:
         UserError: no such study, or a value that does not fit.
     """
-    return import_module(STUDIES[check_study(study)]).Settings.from_config(values)
+    kind = import_module(STUDIES[check_study(study)]).Settings
+    known = {field.name for field in fields(kind)}
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known})
 
 
 def run(study: str | None, settings: Any, folder: Path, command: str | None = None) -> Path:

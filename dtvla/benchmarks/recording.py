@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dtvla.sim.env import ACTION_DIM, LiberoEnv
+from dtvla.sim.env import LiberoEnv
 from dtvla.sim.expert import Expert, expert_tasks
 from dtvla.sim.pool import pool_settings
+from dtvla.sim.settings import ACTION_DIM
 
 RANDOM_STEPS = 150
 _MEMORY, _SPREAD = 0.9, 0.3  # of the random actions: an autoregressive process

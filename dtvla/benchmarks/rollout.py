@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from dtvla.benchmarks import of_fields
 from dtvla.benchmarks.footprint import growth, stages
 from dtvla.benchmarks.processes import in_child, usable_cores
 from dtvla.benchmarks.recording import Recording, record
@@ -71,11 +70,6 @@ class Settings:
     def task_id(self) -> int:
         """The task that is replayed."""
         return (self.env["task_ids"] or [0])[0]
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Settings:
-        """From plain values; other keys of the configuration are left aside."""
-        return cls(**of_fields(cls, values))
 
 
 def rollout(settings: Settings) -> dict[str, Any]:

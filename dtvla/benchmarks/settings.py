@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import torch
 
-from dtvla.benchmarks import of_fields
 from dtvla.errors import UserError
 from dtvla.policy.placement import DTYPES, place
 from dtvla.policy.runtime import Mode
@@ -72,11 +71,6 @@ class Settings:
         for name, choices in (("dtype", ("auto", *DTYPES)), ("engine", get_args(Mode))):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}: {getattr(self, name)!r} is unknown; use {', '.join(choices)}")
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Settings:
-        """From plain values; other keys of the configuration are left aside."""
-        return cls(**of_fields(cls, values))
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Device and type of the weights.

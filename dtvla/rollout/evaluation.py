@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtvla.cli import command_line
+from dtvla.cores import positive, worker_count
 from dtvla.errors import UserError
 from dtvla.rollout import journal
 from dtvla.rollout import results as records
-from dtvla.rollout.plan import Plan, make_plan, positive, worker_count
+from dtvla.rollout.plan import Plan, make_plan
 from dtvla.rollout.ranks import Ranks, join_ranks
 from dtvla.rollout.results import Results
+from dtvla.sim import settings as simulated
 from dtvla.sim.pool import EpisodeSpec, pool_settings
+from dtvla.sim.settings import ACTION_DIM
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from dtvla.policy.cot import CotMode
     from dtvla.policy.policy import Policy
 
-CAMERAS, ACTION_DIM = ("agentview", "wrist"), 7  # of LiberoEnv, whose module would bring the simulator in here
+CAMERAS = tuple(simulated.CAMERAS)
 
 
 def evaluate(cfg: "DictConfig") -> float:
@@ -104,7 +107,7 @@ def _run(cfg: "DictConfig", plan: Plan, ranks: Ranks) -> Results:
     started, clock = records.now(), time.monotonic()
     before = journal.unfinished_run(plan.output, plan.settings)
     kept = journal.kept_episodes(plan.output)
-    share = [spec for spec in ranks.share(plan.specs) if journal.episode_key(spec) not in kept]
+    share = [spec for spec in ranks.share(plan.specs) if records.episode_key(spec) not in kept]
     crew = _crew(cfg, plan, ranks, len(share), before) if share or before is None else None
     if before is not None:
         provenance = {**before, "resumed": [*before["resumed"], started]}

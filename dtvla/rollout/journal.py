@@ -23,7 +23,9 @@ from dtvla.errors import UserError
 from dtvla.rollout.results import (
     EPISODES_FILE,
     EpisodeResult,
+    Key,
     Results,
+    episode_key,
     episode_line,
     read_episodes,
     write_results,
@@ -33,13 +35,6 @@ from dtvla.sim.pool import EpisodeSpec
 
 RUN_FILE = "run.json"
 RUN_FORMAT = "dtvla.run"
-Key = tuple[str, int, int, int]
-"""What tells the episodes of an evaluation apart: suite, task id, init state, seed."""
-
-
-def episode_key(episode: EpisodeResult | EpisodeSpec) -> Key:
-    """The same for an episode's specification and its result."""
-    return episode.suite, episode.task_id, episode.init_state, episode.seed
 
 
 def refuse_other_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

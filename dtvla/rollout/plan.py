@@ -1,7 +1,6 @@
 """What an evaluation will do: its settings, checked before anything heavy is loaded."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,36 +73,6 @@ def make_plan(cfg: "DictConfig") -> Plan:
         record=_filmed(cfg.record, init_states),
     )
     return Plan(source.folder, _output(cfg), specs, settings)
-
-
-def worker_count(setting: int | str, episodes: int, processes: int = 1) -> int:
-    """Number of simulator processes: `setting`, or the usable cores for "auto"; at most one per episode.
-
-    Args:
-        setting: a number or "auto".
-        episodes: how many will run.
-        processes: evaluating processes on this machine, which share its cores.
-
-    Raises:
-        UserError: neither a positive number nor "auto".
-    """
-    return min(episodes, max(1, usable_cores() // processes) if setting == "auto" else positive("workers", setting))
-
-
-def positive(name: str, setting: Any) -> int:
-    """The value of a setting that is a number from 1 on, or "auto", which the caller has dealt with.
-
-    Raises:
-        UserError: it is neither.
-    """
-    if not isinstance(setting, int) or setting < 1:
-        raise UserError(f"{name}: {setting!r} is not a number from 1 on; use auto or 1, 2, ...")
-    return setting
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _init_states(setting: Sequence[int] | None, tasks: Sequence[Task]) -> list[int]:

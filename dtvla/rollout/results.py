@@ -14,11 +14,17 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dtvla.analysis.intervals import Rate, wilson
+from dtvla.cores import usable_cores
 from dtvla.errors import UserError
 
+if TYPE_CHECKING:
+    from dtvla.sim.pool import EpisodeSpec
+
+Key = tuple[str, int, int, int]
+"""What tells the episodes of an evaluation apart: suite, task id, init state, seed."""
 RESULTS_FILE = "results.json"
 EPISODES_FILE = "episodes.jsonl"
 RESULTS_FORMAT = "dtvla.results"
@@ -130,6 +136,11 @@ class Results:
         return sum(thought.tokens for thought in thoughts) / forwards if forwards else None
 
 
+def episode_key(episode: "EpisodeResult | EpisodeSpec") -> Key:
+    """The same for an episode's specification and its result."""
+    return episode.suite, episode.task_id, episode.init_state, episode.seed
+
+
 def rate_of(episodes: Iterable[EpisodeResult]) -> Rate:
     """Success rate with its 95 % Wilson interval of at least one episode."""
     outcomes = [e.success for e in episodes]
@@ -153,7 +164,7 @@ def machine() -> dict[str, Any]:
     """The hardware in words: processor, usable cores, memory in GiB, system, GPUs, renderer. No host name."""
     facts: dict[str, Any] = {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "renderer": os.environ.get("MUJOCO_GL"),
     }

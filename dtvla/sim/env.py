@@ -15,12 +15,11 @@ import numpy as np
 from dtvla.errors import UserError
 from dtvla.sim.backend import import_libero
 from dtvla.sim.memory import forget_compilation
-from dtvla.sim.rendering import CAMERAS, CameraRenderer, Snapshot, take_snapshot
-from dtvla.sim.settings import Quality, Stepping, check_settings
+from dtvla.sim.rendering import CameraRenderer, Snapshot, take_snapshot
+from dtvla.sim.settings import ACTION_DIM, CAMERAS, Quality, Stepping, check_settings
 from dtvla.sim.stepping import Stepper, divergence
 from dtvla.sim.suites import Protocol, get_task, load_init_states, step_limit
 
-ACTION_DIM = 7
 STATE_DIM = 8
 CONTROL_HZ = 20
 Observation = dict[str, Any]

@@ -15,9 +15,6 @@ from dtvla.errors import UserError
 from dtvla.sim.backend import gl_backend
 from dtvla.sim.memory import drop_textures, forget_compilation, has_textures
 
-CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
-"""Name in an observation -> name of the camera in LIBERO's model."""
-
 # What mjv_updateScene reads from a simulation of rigid bodies.
 _POSES = (
     "xpos",

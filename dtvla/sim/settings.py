@@ -1,4 +1,4 @@
-"""What an environment can be told, checked without importing the simulator."""
+"""What an environment can be told, and what it gives, known without importing the simulator."""
 
 from typing import Any, Literal, get_args
 
@@ -6,6 +6,9 @@ from dtvla.errors import UserError
 
 Quality = Literal["full", "draft", "none"]
 Stepping = Literal["exact", "fast"]
+ACTION_DIM = 7
+CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
+"""Name in an observation -> name of the camera in LIBERO's model."""
 
 
 def check_settings(*, render: Any, stepping: Any, image_size: Any, settle_steps: Any, max_steps: Any = None) -> None:

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from dtvla.data.normalization import Statistics
 from dtvla.errors import UserError
 from dtvla.policy.cot import CotMode
-from dtvla.policy.policy import build_policy
+from dtvla.policy.policy import Decision, build_policy
 from dtvla.rollout.results import EpisodeResult
 from dtvla.rollout.runner import _Queue, decision_seed, episode_specs, run_episodes
 from dtvla.sim.film import HOLD_FRAMES
@@ -29,18 +29,6 @@ STATES = [3, 30, 11, 0]
 THINK = CotMode()
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The fields of a decision that the runner reads."""
-
-    thought: str
-    actions_SD: np.ndarray
-    truncated: bool = False
-    latency_s: float = 0.01
-    thought_ids: list[int] = field(default_factory=list)
-    thought_forwards: int = 0
-
-
 class SeenPolicy:
     """Acts and speaks by what it sees and by its seed, so that any mix-up of environments changes the episode."""
 
@@ -49,17 +37,17 @@ class SeenPolicy:
 
     def act(
         self, observations: list[dict[str, Any]], cot: Any, *, seeds: list[int], drafts: Any = None
-    ) -> list[Choice]:
+    ) -> list[Decision]:
         assert drafts is None
         self.batches.append(len(observations))
         return [self.decide(observation, seed) for observation, seed in zip(observations, seeds, strict=True)]
 
     @staticmethod
-    def decide(observation: dict[str, Any], seed: int) -> Choice:
+    def decide(observation: dict[str, Any], seed: int) -> Decision:
         seen = int(observation["agentview"].sum()) + int(observation["wrist"].sum())
         rng = np.random.default_rng([seen, seed])
         actions_SD = rng.uniform(-0.6, 0.6, (CHUNK, 7)).astype(np.float32)
-        return Choice(f"pixels {seen}, state {observation['state'].tolist()}", actions_SD)
+        return Decision(f"pixels {seen}, state {observation['state'].tolist()}", actions_SD, latency_s=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +106,7 @@ def test_episodes_do_not_depend_on_workers_batches_or_filming(four: EnvPool, tmp
 @pytest.mark.sim
 def test_the_policy_decides_for_one_group_while_another_one_is_simulated(four: EnvPool) -> None:
     class Slow(SeenPolicy):
-        def act(self, observations: list[dict[str, Any]], cot: Any, **more: Any) -> list[Choice]:
+        def act(self, observations: list[dict[str, Any]], cot: Any, **more: Any) -> list[Decision]:
             simulating.append(sum(worker.overdue is not None for worker in four._workers))
             time.sleep(0.05)  # as long as a chunk takes
             return super().act(observations, cot, **more)
@@ -133,7 +121,7 @@ def test_the_policy_decides_for_one_group_while_another_one_is_simulated(four: E
 @pytest.mark.sim
 def test_a_killed_worker_changes_no_episode(four: EnvPool) -> None:
     class Killing(SeenPolicy):
-        def act(self, observations: list[dict[str, Any]], cot: Any, **more: Any) -> list[Choice]:
+        def act(self, observations: list[dict[str, Any]], cot: Any, **more: Any) -> list[Decision]:
             if len(self.batches) == 3:
                 os.kill(two.process_ids[0], signal.SIGKILL)
             return super().act(observations, cot, **more)
@@ -183,7 +171,7 @@ def test_each_episode_drafts_with_its_own_last_thought(four: EnvPool) -> None:
     class Drafting(SeenPolicy):
         def act(
             self, observations: list[dict[str, Any]], cot: Any, *, seeds: list[int], drafts: Any = None
-        ) -> list[Choice]:
+        ) -> list[Decision]:
             assert len(drafts) == len(seeds)
             for seed, draft in zip(seeds, drafts, strict=True):
                 assert draft == before.get(seed, [])
@@ -225,7 +213,7 @@ def test_a_policy_that_speculates_lives_the_same_episode_in_fewer_forwards(one: 
 @pytest.mark.sim
 def test_a_broken_episode_is_named_and_not_counted_as_failure(one: EnvPool) -> None:
     class Shapeless(SeenPolicy):
-        def act(self, observations: list[dict[str, Any]], cot: Any, **more: Any) -> list[Choice]:
+        def act(self, observations: list[dict[str, Any]], cot: Any, **more: Any) -> list[Decision]:
             return [replace(c, actions_SD=np.zeros((4, 3))) for c in super().act(observations, cot, **more)]
 
     finished: list[EpisodeResult] = []
