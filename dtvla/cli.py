@@ -20,7 +20,7 @@ from dtvla.errors import UserError
 
 COMMANDS = {
     "doctor": "is this machine fit? versions, GPU, renderer, LIBERO's assets, MuJoCo drift, disk",
-    "collect": "make demonstrations with thoughts: a scripted expert in the real simulator",
+    "collect": "make demonstrations: a scripted expert with thoughts, or LIBERO's own replayed (source=hdf5)",
     "train": "fine-tune a policy, e.g. +experiment=libero_cot_sft",
     "evaluate": "run a checkpoint in LIBERO: success rates with intervals, videos with thoughts",
     "compare": "two evaluations over the same init states: difference with interval, McNemar's paired test",

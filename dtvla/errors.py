@@ -10,6 +10,10 @@ class UserError(Exception):
     without a stack and exit with code 2 (see :mod:`dtvla.cli`). Anything else that is raised is a defect of dtvla.
     """
 
+    def __init__(self, message: str) -> None:
+        """Keep the message alone where torch hands on one of a loader's process, with the stack around it."""
+        super().__init__(message.rpartition(f"{__name__}.{type(self).__name__}: ")[2])
+
 
 def check_keys(group: str, found: Collection[str], known: Collection[str]) -> None:
     """Refuse settings that a group does not have.

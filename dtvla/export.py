@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from dtvla.policy.hub import Source
     from dtvla.policy.processor import Processor
 
-FORMATS = ("published", "dtvla")
+FORMATS = ("published", "dtvla", "adapter")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -39,7 +40,7 @@ def export(cfg: DictConfig) -> Path:
         if OmegaConf.is_missing(cfg, key):
             raise UserError(f"{key}: none was given; add {key}=FOLDER")
     if cfg.format not in FORMATS:
-        raise UserError(f"format: {cfg.format!r} is unknown; use {' or '.join(FORMATS)}")
+        raise UserError(f"format: {cfg.format!r} is unknown; use {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     if cfg.dtype is not None and cfg.dtype not in DTYPES:
         raise UserError(f"dtype: {cfg.dtype!r} is unknown; use null (as stored), {' or '.join(DTYPES)}")
     output = Path(str(cfg.output)).expanduser()
@@ -48,10 +49,13 @@ def export(cfg: DictConfig) -> Path:
     _check_size(str(cfg.shard_size))
     if cfg.push_to_hub is not None:
         _check_repository(str(cfg.push_to_hub))
+    from dtvla.learning.snapshot import policy_folder
     from dtvla.policy.hub import locate, push
 
-    source = locate(str(cfg.checkpoint))
-    _write(cfg, source, output)
+    with policy_folder(str(cfg.checkpoint), output.parent) as folder:
+        source = locate(folder)
+        write = _copy_adapter if cfg.format == "adapter" else _write
+        write(cfg, source, output)
     if cfg.push_to_hub is not None:
         print(f"pushed: {push(output, str(cfg.push_to_hub), private=bool(cfg.private))}")
     return output
@@ -89,6 +93,18 @@ def _write(cfg: DictConfig, source: Source, output: Path) -> None:
         if not card.is_file():
             card.write_text(_card(cfg, source, model.dtype, processor), encoding="utf-8")
     print(f"{count} weights ({type_name(model.dtype)}): {output}")
+
+
+def _copy_adapter(cfg: DictConfig, source: Source, output: Path) -> None:
+    from dtvla.policy import weights
+
+    if not source.adapters:
+        raise UserError(f"format: {source.folder} has no adapter; use published or dtvla")
+    if cfg.dtype is not None:
+        raise UserError(f"dtype: {cfg.dtype}, but an adapter keeps its type; use null")
+    with weights.new_folder(output) as folder:
+        shutil.copytree(source.adapters[-1], folder, dirs_exist_ok=True)
+    print(f"adapter to {source.name}: {output}")
 
 
 def _card(cfg: DictConfig, source: Source, dtype: torch.dtype, processor: Processor | None) -> str:

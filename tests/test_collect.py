@@ -8,20 +8,20 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dtvla.collect import collect, collection_record
+from dtvla.collect import collect
 from dtvla.cores import worker_count
-from dtvla.data.collection import CollectionRequest, Workspace
-from dtvla.data.collection_worker import Recorder
+from dtvla.data.collection import Workspace
+from dtvla.data.collection_record import collection_record
+from dtvla.data.expert_source import ExpertRequest, check_thoughts
 from dtvla.data.staging import EpisodeSource, episode_path
 from dtvla.errors import UserError
 
-REQUEST = CollectionRequest(
+REQUEST = ExpertRequest(
     suite="libero_object",
     task_ids=(0, 3),
     episodes=4,
@@ -72,7 +72,7 @@ def test_a_finished_dataset_is_reported_for_the_same_request_and_kept_from_other
     (root / "meta").mkdir(parents=True)
     source = EpisodeSource(0, "libero_object", 0, "do", 0, 1, 100, 1, seconds={"encode": 1.0})
     sources = [replace(source, episode_index=i, task_id=plan.task_id) for i, plan in enumerate(REQUEST.plans())]
-    record = collection_record(REQUEST, sources, seconds=12.0)
+    record = collection_record(REQUEST, sources, "python -m dtvla.collect", seconds=12.0)
     assert record["attempts"] == 16
     assert record["success_rate"] == 0.5
     assert record["steps"] == 800
@@ -108,20 +108,16 @@ def test_a_begun_collection_is_not_mixed_with_another_request_nor_entered_twice(
     assert not list(workspace.folder.glob("*.tmp"))
 
 
-def test_a_thought_that_breaks_the_schema_names_episode_and_frame(tmp_path: Path) -> None:
-    recorder = Recorder(REQUEST, tmp_path)
-    recorder._env = SimpleNamespace(  # type: ignore[assignment]
-        task=SimpleNamespace(task_id=0), domain=SimpleNamespace(obj_of_interest=["alphabet_soup_1"])
-    )
+def test_a_thought_that_breaks_the_schema_names_episode_and_frame() -> None:
     good = " ".join(["the alphabet soup is on the right and the gripper goes there"] * 2)
-    plan = REQUEST.plans()[2]
-    recorder._check_thoughts(plan, [good] * 3)
+    check_thoughts([good] * 3, ["alphabet soup"], episode_index=2)
     with pytest.raises(UserError, match=r"episode 2, frame 3: has 2 words.*'too short'"):
-        recorder._check_thoughts(plan, [good, good, good, "too short", good])
+        check_thoughts([good, good, good, "too short", good], ["alphabet soup"], episode_index=2)
 
 
 def test_a_recording_process_imports_no_torch() -> None:
     code = "import sys, dtvla.collect, dtvla.data.collection_worker, dtvla.data.recording, dtvla.sim.expert\n"
+    code += "import dtvla.data.expert_source, dtvla.data.hdf5_source, h5py\n"
     subprocess.run([sys.executable, "-c", code + "assert not {'torch', 'lerobot'} & set(sys.modules)"], check=True)
 
 

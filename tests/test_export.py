@@ -76,7 +76,7 @@ def test_model_card_tells_facts_and_an_own_one_is_kept(published: Path, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["format=onnx"], "format: 'onnx' is unknown; use published or dtvla"),
+        (["format=onnx"], "format: 'onnx' is unknown; use published, dtvla or adapter"),
         (["dtype=float64"], "dtype: 'float64' is unknown"),
         (["shard_size=big"], "shard_size: 'big' is not a size"),
         (["push_to_hub=me"], "push_to_hub: 'me' is not OWNER/NAME"),
@@ -135,3 +135,77 @@ def test_adapters_are_merged(tmp_path: Path) -> None:
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert "adapters: merged" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_checkpoint_of_an_unfinished_training_becomes_a_policy(tmp_path: Path, statistics: Any) -> None:
+    """Everything but the weights is that of the run's beginning."""
+    run = tmp_path / "run"
+    policy = build_policy(SETTINGS, WORDS, statistics)
+    begun(policy, run)
+    checkpointed(policy, run)
+    export(config(run / "checkpoints" / "last.ckpt", tmp_path / "out", "format=dtvla"))
+    policy.save(tmp_path / "plain")
+    same_policy(tmp_path / "out", tmp_path / "plain")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain", "run"]
+    (run / "processor").rename(run / "other")
+    with pytest.raises(UserError, match="processor is missing; copy the run folder whole"):
+        export(config(run / "checkpoints" / "last.ckpt", tmp_path / "new"))
+    with pytest.raises(UserError, match=r"best\.ckpt does not exist"):
+        export(config(run / "checkpoints" / "best.ckpt", tmp_path / "new"))
+
+
+def test_a_checkpoint_of_an_adapter_becomes_the_adapter_or_is_merged(tmp_path: Path) -> None:
+    from dtvla.policy import adapters
+
+    write_published(tmp_path / "base", random_weights())
+    policy = Policy.load(tmp_path / "base")
+    adapters.attach(policy.model, {"r": 2}, base=str(tmp_path / "base"))
+    begun(policy, tmp_path / "run")
+    with torch.no_grad():  # fresh adapters change nothing
+        for name, weight in policy.model.named_parameters():
+            if "lora_" in name:
+                weight.fill_(0.02)
+    checkpointed(policy, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    policy.save(tmp_path / "finished")
+    export(config(last, tmp_path / "adapter", "format=adapter"))
+    same_policy(tmp_path / "adapter", tmp_path / "finished")
+    export(config(last, tmp_path / "merged"))
+    export(config(tmp_path / "finished", tmp_path / "expected"))
+    same_policy(tmp_path / "merged", tmp_path / "expected")
+    with pytest.raises(UserError, match="has no adapter; use published or dtvla"):
+        export(config(tmp_path / "base", tmp_path / "new", "format=adapter"))
+    with pytest.raises(UserError, match="dtype: bfloat16, but an adapter keeps its type"):
+        export(config(last, tmp_path / "new", "format=adapter", "dtype=bfloat16"))
+
+
+def begun(policy: Policy, run: Path) -> None:
+    """What a training writes before its first step."""
+    from dtvla.policy import checkpoint
+
+    (run / "processor").mkdir(parents=True)
+    checkpoint.write_without_weights(policy, run / "processor")
+
+
+def checkpointed(policy: Policy, run: Path) -> None:
+    """What a training writes behind a step, as far as an export reads it."""
+    from dtvla.policy import adapters
+
+    weights = {f"model.{name}": weight for name, weight in policy.model.state_dict().items()}
+    if adapters.has_adapter(policy.model):
+        weights = {name: weight for name, weight in weights.items() if adapters.is_adapter(name)}
+    (run / "checkpoints").mkdir()
+    torch.save({"global_step": 3, "state_dict": weights}, run / "checkpoints" / "last.ckpt")
+
+
+def same_policy(first: Path, second: Path) -> None:
+    of_libraries = {"README.md", "generation_config.json", "tokenizer_config.json"}
+    names = [{path.name for path in folder.iterdir()} - of_libraries for folder in (first, second)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name.endswith(".safetensors"):
+            ours, theirs = load_file(first / name), load_file(second / name)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(weight, theirs[key]) for key, weight in ours.items())
+        else:
+            assert (first / name).read_text() == (second / name).read_text(), name

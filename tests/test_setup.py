@@ -38,7 +38,8 @@ def test_lock_holds_exact_versions_and_no_addresses(repository: Path) -> None:
 def test_lock_satisfies_pyproject(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     locked = {line.split("==")[0]: line.split(" ")[0].split("==")[1] for line in lock_lines(repository)}
-    for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    extras = project["optional-dependencies"]
+    for line in [*project["dependencies"], *extras["dev"], *extras["loggers"]]:
         requirement = Requirement(line)
         assert requirement.specifier.contains(locked[requirement.name.lower()], prereleases=True), line
 

@@ -192,7 +192,7 @@ def _collection_section(dataset: Path | None, evaluations: Sequence[Evaluation])
     rows = {
         "episodes kept": facts.get("episodes"),
         "episodes tried": facts.get("attempts"),
-        "success rate of the expert": facts.get("success_rate"),
+        "success rate of the tries": facts.get("success_rate"),
         "steps": facts.get("steps"),
         "rendering": request.get("render"),
         "init states": _ranges(used),

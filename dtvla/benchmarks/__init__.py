@@ -7,6 +7,8 @@ STUDIES = {
     "throughput": "dtvla.benchmarks.studies",
     "rollout": "dtvla.benchmarks.rollout",
     "parity": "dtvla.benchmarks.parity",
+    "memory": "dtvla.benchmarks.memory",
+    "training": "dtvla.benchmarks.training",
 }
 """Name of a study -> module with a function of that name and its ``Settings``."""
 

@@ -69,8 +69,10 @@ def run(study: str | None, settings: Any, folder: Path, command: str | None = No
 
 
 def _name(document: Mapping[str, Any]) -> str:
-    """What was measured: a model on a device, or a suite."""
+    """What was measured: a model on a device, a suite, or a precision."""
     study, settings = document["study"], document["settings"]
+    if study == "memory":
+        return f"{study}-{document['precision']}"
     if "env" in settings:
         return f"{study}-{settings['env']['suite']}"
     checkpoint = settings["checkpoint"]

@@ -9,11 +9,13 @@ from dtvla.analysis.tables import markdown_table
 
 TOTAL = "total"  # as in dtvla.benchmarks.timing, which needs torch
 MS = 1000.0
+GB = 1e9
 
 
 def tables(document: Mapping[str, Any]) -> str:
     """The numbers of any study."""
-    return {"rollout": _rollout, "parity": _parity}.get(document["study"], _decisions)(document)
+    kinds = {"rollout": _rollout, "parity": _parity, "memory": _needs, "training": _training}
+    return kinds.get(document["study"], _decisions)(document)
 
 
 def _decisions(document: Mapping[str, Any]) -> str:
@@ -128,5 +130,58 @@ def _parity(document: Mapping[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n\nequal in everything: {document['equal']} of {document['compared']}"
 
 
+def _needs(document: Mapping[str, Any]) -> str:
+    """Memory of a training step by model, method and micro-batch."""
+    kinds = list(document["rows"][0]["peak_bytes"])
+    header = ["model", "method", "micro-batch", "predicted GB", *kinds, f"FSDP {document['gpus']}"]
+    measured = any("measured_bytes" in row for row in document["rows"])
+    rows = []
+    for row in document["rows"]:
+        predicted, peak = sum(row["peak_bytes"].values()), row["peak_bytes"]
+        cells = [row["model"], row["method"], str(row["micro_batch"]), *map(_gb, (predicted, *peak.values()))]
+        cells.append(_gb(row["sharded_bytes"]))
+        if measured:
+            found = row.get("measured_bytes")
+            cells += [_gb(found), f"{found / predicted:.3f}" if found else ""]
+        rows.append(cells)
+    lengths = {
+        row["model"]: f"{(row['parameters'] - row['adapter']) / 1e6:.4g} M, {row['sequence']} tokens"
+        for row in document["rows"]
+    }
+    what = f"{document['precision']}; " + "; ".join(f"{model}: {size}" for model, size in lengths.items())
+    return f"{what}\n\n{markdown_table(header + ['measured GB', 'measured / predicted'] * measured, rows)}"
+
+
+def _gb(size: int | None) -> str:
+    return "" if size is None else f"{size / GB:.3g}"
+
+
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
+
+
+def _training(document: Mapping[str, Any]) -> str:
+    """Speed and activation memory of a training step, both ways."""
+    header = ["side", "ms", "quartiles", "forward", "backward", "update", "samples/s", "tokens/s", "TFLOP/s"]
+    header += ["share of peak", "activations GB"]
+    rows = []
+    for record in document["measurements"]:
+        phases, share = record["phases"], record["share_of_peak"]
+        total = phases[TOTAL]
+        rows.append(
+            [record["side"], _ms(total["median_s"]), f"{_ms(total['q1_s'])} - {_ms(total['q3_s'])}"]
+            + [_ms(phases[phase]["median_s"]) for phase in ("forward", "backward", "update")]
+            + [f"{record['samples_per_s']:.4g}", f"{record['tokens_per_s']:.4g}", f"{record['flops_per_s'] / 1e12:.4g}"]
+            + ["" if share is None else f"{share:.3f}", f"{record['activation_bytes'] / GB:.3g}"]
+        )
+    found = document["agreement"]
+    what = (
+        f"{document['device']} {document['dtype']}, {document['threads']} threads; micro-batch of "
+        f"{document['measurements'][0]['micro_batch']} rows of {document['shapes']['row_tokens']} tokens"
+    )
+    same = (
+        f"loss {found['plain_loss']:.7g} (plain) and {found['our_loss']:.7g} (ours); gradients "
+        f"{found['gradients_apart']:.2g} of their length apart"
+    )
+    parts = [what, markdown_table(header, rows), _ratios(document)]
+    return "\n\n".join([*parts, *([_targets(document)] if document["targets"] else []), same])

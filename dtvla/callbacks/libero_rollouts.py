@@ -133,7 +133,7 @@ class LiberoRollouts(Callback):
             due = step % self.every_n_steps == 0
         if self.every_n_epochs:
             data = cast("DemonstrationDataModule", trainer.datamodule)  # type: ignore[attr-defined]
-            batch, frames = data.batch_size * trainer.world_size, len(data.train_frames) * self.every_n_epochs
+            batch, frames = data.batch_size, len(data.train_frames) * self.every_n_epochs
             due = due or step * batch // frames > (step - 1) * batch // frames
         return due or (self.at_end and step == trainer.max_steps)
 

@@ -90,10 +90,10 @@ class PhaseProgressBar(ProgressBar):
             self._phase = None
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The progress-bar metrics under their short names, without the logger's version number."""
+        """The progress-bar metrics under their short names, in three digits, without the logger's version number."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return {name.split("/", 1)[-1]: value for name, value in metrics.items()}
+        return {name.split("/", 1)[-1]: _three_digits(value) for name, value in metrics.items()}
 
     def _close(self) -> None:
         for bar in (self._phase, self._train):
@@ -115,3 +115,7 @@ class PhaseProgressBar(ProgressBar):
             bar_format=BAR_FORMAT,
             **options,
         )
+
+
+def _three_digits(value: Any) -> str:
+    return f"{value:.0f}" if isinstance(value, float | int) and abs(value) >= 1000 else f"{value:.3g}"

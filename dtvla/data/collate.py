@@ -1,4 +1,4 @@
-"""Samples to a padded batch of token sequences, pictures and actions."""
+"""Samples to one batch of token rows, pictures and actions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dtvla.policy.layout import Batch, Layout, stack
+from dtvla.policy.layout import Batch, Layout, pack, stack
 
 
 def collate(
@@ -15,17 +15,20 @@ def collate(
     instructions: Sequence[str],
     thoughts: Sequence[str | None],
     actions_BSD: Tensor,
+    pack_tokens: int | None = None,
 ) -> Batch:
-    """Encode B samples and pad them on the right to the longest.
+    """Encode B samples.
 
     Args:
-        layout: the policy's sequence layout.
+        layout: the policy's sequence layout; thoughts beyond its limit are cut (see :mod:`dtvla.data.lengths`).
         pixels_BNCHW: uint8 model pixels.
         instructions: B task texts.
         thoughts: B thoughts without tags; None makes a sample without one.
         actions_BSD: float32 action chunks, normalised.
+        pack_tokens: lay all samples in one row of so many tokens; None gives each a row, padded to the longest.
     """
     samples = zip(instructions, thoughts, actions_BSD, strict=True)
-    examples = [layout.encode(instruction, thought, actions_SD) for instruction, thought, actions_SD in samples]
-    tokens = stack(examples, pad_id=layout.vocabulary.pad_id)
+    examples = [layout.encode(text, thought, actions_SD, truncate=True) for text, thought, actions_SD in samples]
+    pad_id = layout.vocabulary.pad_id
+    tokens = stack(examples, pad_id) if pack_tokens is None else pack(examples, pad_id, pack_tokens)
     return Batch(pixels_BNCHW=pixels_BNCHW, actions_BSD=actions_BSD, **tokens)

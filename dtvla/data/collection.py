@@ -6,82 +6,80 @@ import fcntl
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from dtvla.data.staging import EpisodeSource, episode_path, read_source
+from dtvla.data.staging import EpisodeSource, dropped_path, episode_path, read_source
 from dtvla.errors import UserError
+
+if TYPE_CHECKING:
+    from dtvla.data.takes import Clock, Take
+    from dtvla.sim.env import LiberoEnv
 
 COLLECTION_FILE = "meta/collection.json"
 
 
-@dataclass(frozen=True)
-class CollectionRequest:
-    """Everything that determines the content of a dataset.
+@dataclass(frozen=True, kw_only=True)
+class CollectionRequest(ABC):
+    """Everything that determines the content of a dataset; a subclass for each source of episodes.
 
     Attributes:
         suite, task_ids: LIBERO tasks.
-        episodes: successful episodes wanted of each task.
-        init_states: init states that are used in turn.
-        seed: of the expert's noise and detours.
-        render, image_size, settle_steps, max_steps: of the environment.
-        max_attempts: tries for one episode before the collection gives up.
+        render, image_size, settle_steps: of the environment.
     """
 
     suite: str
     task_ids: tuple[int, ...]
-    episodes: int
-    init_states: tuple[int, ...]
-    seed: int
     render: str
     image_size: int
     settle_steps: int
-    max_steps: int
-    max_attempts: int
 
     def __post_init__(self) -> None:
-        """Refuse empty or negative settings."""
-        for name in ("episodes", "image_size", "max_steps", "max_attempts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: found {getattr(self, name)}; use 1 or more")
+        """Refuse tasks named twice and an environment without pictures."""
+        if self.image_size < 1:
+            raise UserError(f"image_size: found {self.image_size}; use 1 or more")
         if not self.task_ids or len(set(self.task_ids)) != len(self.task_ids):
             raise UserError(f"env.task_ids: found {list(self.task_ids)}; name at least one task, each once")
-        if not self.init_states or self.seed < 0:
-            raise UserError(f"init_states, seed: found {list(self.init_states)}, {self.seed}; use some, and 0 or more")
         if self.render == "none":
             raise UserError("env.render: found none; demonstrations need pictures, use full or draft")
 
+    @abstractmethod
     def plans(self) -> list[EpisodePlan]:
         """All episodes, task by task, in the order of the dataset."""
-        return [
-            EpisodePlan(t * self.episodes + k, task_id, self.init_states[k % len(self.init_states)], number=k)
-            for t, task_id in enumerate(self.task_ids)
-            for k in range(self.episodes)
-        ]
 
-    def expert_seed(self, plan: EpisodePlan, attempt: int) -> int:
-        """Seed of one try: a pure function of the request's seed, the task, the episode's number and the attempt."""
-        entropy = [self.seed, plan.task_id, plan.number, attempt]
-        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    @abstractmethod
+    def perform(self, env: LiberoEnv, plan: EpisodePlan, clock: Clock) -> Take:
+        """Perform one episode in an environment of its task."""
+
+    def environment(self) -> dict[str, Any]:
+        """Settings of the environment, besides suite and task."""
+        return {"render": self.render, "image_size": self.image_size, "settle_steps": self.settle_steps}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return json.loads(json.dumps(asdict(self)))
+        """Plain JSON values; collections with equal ones make the same dataset."""
+        return json.loads(json.dumps(asdict(self), default=str))
 
 
 @dataclass(frozen=True)
 class EpisodePlan:
-    """One episode to be recorded: place in the dataset, task, init state, and number among the task's episodes."""
+    """One episode to be recorded.
+
+    Attributes:
+        episode_index: its place among all plans, and in the dataset when no earlier one is dropped.
+        task_id, number: the task, and which of the task's episodes this is.
+        init_state: where the expert begins.
+        demo: name of the recording that is replayed.
+    """
 
     episode_index: int
     task_id: int
-    init_state: int
     number: int
+    init_state: int | None = None
+    demo: str | None = None
 
 
 class Workspace:
@@ -137,15 +135,15 @@ class Workspace:
             yield
 
     def staged(self) -> dict[int, EpisodeSource]:
-        """Finished episodes by index; a damaged file (power loss) is removed, so that its episode is recorded again."""
+        """Finished and dropped episodes by index, in order; a damaged file is removed, so that it is recorded again."""
         found = {}
         for plan in self.request.plans():
-            path = episode_path(self.folder, plan.episode_index)
-            if path.exists():
-                try:
-                    found[plan.episode_index] = read_source(path)
-                except ValueError:
-                    path.unlink()
+            for path in (episode_path(self.folder, plan.episode_index), dropped_path(self.folder, plan.episode_index)):
+                if path.exists():
+                    try:
+                        found[plan.episode_index] = read_source(path)
+                    except ValueError:
+                        path.unlink()
         return found
 
     def publish(self) -> None:

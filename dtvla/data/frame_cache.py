@@ -1,4 +1,4 @@
-"""Decoded and resized pictures in memory-mapped files: every video is decoded once, in sequence."""
+"""Decoded and resized pictures in memory-mapped files: every file of pictures is decoded once, in sequence."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dtvla.data.demonstrations import Demonstrations, VideoSpan
+from dtvla.data.demonstrations import Demonstrations
 from dtvla.data.images import ImagePipeline
-from dtvla.data.video import decode_frames
+from dtvla.data.pictures import DAMAGE, PictureSpan, read_all
 from dtvla.errors import UserError
 
 BLOCK = 64  # pictures resized at a time
@@ -54,7 +54,7 @@ class FrameCache:
         """Decode what is not there yet, with a progress bar.
 
         Raises:
-            UserError: a video is missing, truncated or damaged, or the disk is full.
+            UserError: a file of pictures is missing, truncated or damaged (names the episode), or the disk is full.
         """
         missing = [camera for camera, path in self.paths.items() if not path.exists()]
         if not missing:
@@ -84,7 +84,7 @@ class FrameCache:
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
     def _build_camera(self, camera: str, progress: Progress, bar: TaskID) -> None:
-        """Decode all videos of one camera into its file."""
+        """Decode all pictures of one camera into its file."""
         assert self._demonstrations is not None  # only the process that opened the dataset builds
         path = self.paths[camera]
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -94,38 +94,41 @@ class FrameCache:
                 header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 start = file.tell()
-                spans = sorted(self._demonstrations.video_spans(camera), key=lambda span: (span.path, span.first))
-                for video, group in groupby(spans, key=lambda span: span.path):
-                    self._copy_video(video, list(group), file, start, lambda n: progress.advance(bar, n))
+                spans = sorted(self._demonstrations.picture_spans(camera), key=lambda span: (span.path, span.first))
+                for _, group in groupby(spans, key=lambda span: span.path):
+                    self._copy_file(list(group), file, start, lambda n: progress.advance(bar, n))
             os.replace(temporary, path)
         except OSError as error:
-            if isinstance(error, av.FFmpegError):
-                raise
             raise UserError(f"data.cache_dir: writing {path} failed ({error.strerror}); free some space") from None
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _copy_video(self, video: Path, spans: list[VideoSpan], file: Any, start: int, advance: Any) -> None:
+    def _copy_file(self, spans: list[PictureSpan], file: Any, start: int, advance: Callable[[int], None]) -> None:
         """Decode one file once and write the blocks of its episodes to their rows."""
         frame_bytes = int(np.prod(self.shape[1:]))
-        pictures = decode_frames(video)
+        pictures = read_all(spans[0].path, spans[0].column)
         position = 0
-        try:
-            for span in spans:
-                while position < span.first:
-                    next(pictures)
-                    position += 1
-                row, stop = span.frames
-                while row < stop:
-                    block = np.stack([next(pictures) for _ in range(min(BLOCK, stop - row))])
-                    file.seek(start + row * frame_bytes)
-                    file.write(self._pipeline.resize(torch.from_numpy(block)).numpy().tobytes())
-                    row += len(block)
-                    position += len(block)
-                    advance(len(block))
-        except (StopIteration, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not isinstance(error.__cause__, StopIteration):
-                raise
-            raise UserError(f"{video}: shorter than its episodes; the video is truncated, copy it again") from None
-        except (av.FFmpegError, IndexError) as error:
-            raise UserError(f"{video}: can't be decoded ({error}); copy or collect the dataset again") from None
+        for span in spans:
+            if span.first < position:
+                raise span.damaged(ValueError("its pictures begin before the previous episode's end"))
+            while position < span.first:
+                position += len(_take(pictures, min(BLOCK, span.first - position), span))
+            row, stop = span.frames
+            while row < stop:
+                block = np.stack(_take(pictures, min(BLOCK, stop - row), span))
+                file.seek(start + row * frame_bytes)
+                file.write(self._pipeline.resize(torch.from_numpy(block)).numpy().tobytes())
+                row += len(block)
+                position += len(block)
+                advance(len(block))
+
+
+def _take(pictures: Iterator[np.ndarray], count: int, span: PictureSpan) -> list[np.ndarray]:
+    """The next ``count`` pictures; an error names the episode that they belong to."""
+    try:
+        taken = list(islice(pictures, count))
+    except DAMAGE as error:
+        raise span.damaged(error) from None
+    if len(taken) < count:
+        raise span.damaged()
+    return taken

@@ -20,9 +20,11 @@ from dtvla.errors import UserError
 FIELDS = ("mean", "std", "min", "max", "q01", "q99")
 REQUIRED_FIELDS = ("mean", "std", "q01", "q99")  # what the published norm_stats.json holds
 EPSILON = 1e-8
+OUTSIDE_AT_MOST = 0.2  # share of a dimension's values; of data that the statistics belong to it is 0.02 or 0
 LIBERO_MASK_D = (True, True, True, True, True, True, False)
 
 Method = Literal["quantile", "min_max", "mean_std"]
+BOUNDS = {"quantile": ("q01", "q99"), "min_max": ("min", "max"), "mean_std": ("mean", "std")}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Statistics:
             source: what to name in an error.
 
         Raises:
-            UserError: a group or field is missing, lengths differ, or a value is not finite.
+            UserError: a group or field is missing, lengths differ, a value is not finite, a lower bound lies above
+                its upper one, or a standard deviation is negative.
         """
         nested = values.get("norm_stats", values)
         groups = {"state": nested.get("state"), "action": nested.get("action", nested.get("actions"))}
@@ -62,6 +65,7 @@ class Statistics:
             read[group] = {name: _vector(fields[name], f"{source}: {group}.{name}") for name in present}
             if len({len(vector) for vector in read[group].values()}) != 1:
                 raise UserError(f"{source}: the lists under {group!r} differ in length; compute the statistics anew")
+            _check_bounds(read[group], f"{source}: {group}")
         return cls(state=read["state"], action=read["action"])
 
     @classmethod
@@ -114,12 +118,11 @@ class ActionNormalizer:
             UserError: unknown method, statistics without the needed fields, or another number of dimensions.
         """
         self.statistics, self.method, self.mask_D = statistics, method, tuple(bool(flag) for flag in mask_D)
-        fields = {"quantile": ("q01", "q99"), "min_max": ("min", "max"), "mean_std": ("mean", "std")}
-        if method not in fields:
-            raise UserError(f"normalizer: unknown method {method!r}; use one of {', '.join(fields)}")
-        if any(name not in statistics.action for name in fields[method]):
-            raise UserError(f"normalizer: {method} needs {' and '.join(fields[method])}, absent from the statistics")
-        first, second = (np.asarray(statistics.action[name], dtype=np.float64) for name in fields[method])
+        if method not in BOUNDS:
+            raise UserError(f"normalizer: unknown method {method!r}; use one of {', '.join(BOUNDS)}")
+        if any(name not in statistics.action for name in BOUNDS[method]):
+            raise UserError(f"normalizer: {method} needs {' and '.join(BOUNDS[method])}, absent from the statistics")
+        first, second = (np.asarray(statistics.action[name], dtype=np.float64) for name in BOUNDS[method])
         mask = np.asarray(self.mask_D)
         if len(first) != len(mask):
             raise UserError(f"normalizer: statistics have {len(first)} action dimensions, the mask {len(mask)}")
@@ -160,6 +163,41 @@ class ActionNormalizer:
             return (actions.double() * scale + offset).float()
         return (np.asarray(actions, dtype=np.float64) * self._scale_D + self._offset_D).astype(np.float32)
 
+    def check_fit(self, action_FD: np.ndarray, source: str) -> list[str]:
+        """Refuse statistics of other data: the policy would learn actions that are cut off.
+
+        Args:
+            action_FD: all actions, robot units.
+            source: what to name in messages: where the statistics are from, and the data.
+
+        Returns:
+            Remarks for the user on normalised dimensions that never move, or so rarely that their motion is lost.
+
+        Raises:
+            UserError: another number of dimensions, or more than a fifth of a normalised dimension out of range.
+        """
+        if action_FD.shape[1] != self.action_dim:
+            raise UserError(f"{source}: {action_FD.shape[1]} action dimensions, the statistics have {self.action_dim}")
+        limit = 3.0 if self.method == "mean_std" else 1.0
+        still_D = self._scale_D <= EPSILON
+        rounding_D = 1e-6 * (1 + np.abs(self._offset_D))  # of single precision, which counts where a range is narrow
+        outside_D = (np.abs(action_FD - self._offset_D) > limit * self._scale_D + rounding_D).mean(0)
+        remarks = []
+        for dim in np.flatnonzero(self.mask_D).tolist():
+            share = outside_D[dim]
+            if share > OUTSIDE_AT_MOST:
+                raise UserError(
+                    f"{source}: {share:.0%} of action dimension {dim} lies outside the range of the statistics "
+                    f"({self._bounds(dim)}), so they belong to other data or other units; use this dataset's own "
+                    "(delete its meta/norm_stats.json to have them computed), or the dataset that they were made from"
+                )
+            if still_D[dim]:
+                value = f"{float(self.statistics.action['mean'][dim]):.4g}"
+                moving = f"in {share:.2%} of the frames it moves, and these motions are cut off" if share else ""
+                note = f"; {moving}: model.normalizer=min_max keeps them" if moving else ", and so will the policy's"
+                remarks.append(f"{source}: action dimension {dim} stays at {value}{note}")
+        return remarks
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint, statistics and their digest included."""
         return {
@@ -177,6 +215,11 @@ class ActionNormalizer:
             raise UserError(f"{source}: the statistics do not match their digest; the file was edited, restore it")
         return cls(statistics, values["method"], values["mask"])
 
+    def _bounds(self, dim: int) -> str:
+        """What the range of a dimension is made of, in words."""
+        names = BOUNDS[self.method]
+        return ", ".join(f"{name} {self.statistics.action[name][dim]:.4g}" for name in names)
+
     @staticmethod
     def _constant(values_D: np.ndarray, like: Tensor) -> Tensor:
         return torch.from_numpy(values_D).to(like.device)
@@ -184,6 +227,16 @@ class ActionNormalizer:
 
 def _describe(frames_FD: np.ndarray) -> dict[str, tuple[float, ...]]:
     return {name: tuple(row) for name, row in describe(frames_FD, published=True).items()}
+
+
+def _check_bounds(group: Mapping[str, tuple[float, ...]], source: str) -> None:
+    for low, high in (("q01", "q99"), ("min", "max")):
+        for dim, (a, b) in enumerate(zip(group.get(low, ()), group.get(high, ()), strict=False)):
+            if a > b:
+                raise UserError(f"{source}: {low} {a:.4g} above {high} {b:.4g} in dimension {dim}; compute them anew")
+    for dim, value in enumerate(group["std"]):
+        if value < 0:
+            raise UserError(f"{source}: negative std {value:.4g} in dimension {dim}; compute the statistics anew")
 
 
 def _vector(values: Any, source: str) -> tuple[float, ...]:

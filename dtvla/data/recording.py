@@ -223,16 +223,9 @@ def _write_tasks(path: Path, tasks: Mapping[str, int]) -> None:
 
 def _source_line(index: int, episode: StagedEpisode) -> dict[str, Any]:
     source = episode.source
-    return {
-        "episode_index": index,
-        "suite": source.suite,
-        "task_id": source.task_id,
-        "init_state": source.init_state,
-        "seed": source.seed,
-        "steps": source.steps,
-        "attempt": source.attempt,
-        "failures": source.failures,
-    }
+    line = {"episode_index": index, "suite": source.suite, "task_id": source.task_id, "steps": source.steps}
+    names = ("file", "demo", "noops", "success") if source.demo else ("init_state", "seed", "attempt", "failures")
+    return line | {name: getattr(source, name) for name in names}
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -26,22 +28,32 @@ class EpisodeSource:
     """Where an episode comes from, and what it took.
 
     Attributes:
-        episode_index: position in the dataset.
-        attempt: which try succeeded, from 0; ``seed`` follows from index and attempt.
+        episode_index: place among the planned episodes.
+        init_state, seed: where the expert began, and of its noise; None for a replayed recording.
+        attempt: which of the expert's tries succeeded, from 0; ``seed`` follows from index and attempt.
         failures: one entry (seed, steps, reason) per earlier try.
         seconds: worker time by phase, failed tries included.
+        file, demo: the recording that was replayed; None for the expert.
+        noops: actions of the recording that were left out.
+        success: whether the task was solved after the last frame.
+        dropped: why the episode is left out of the dataset; None when it is in.
     """
 
     episode_index: int
     suite: str
     task_id: int
     instruction: str
-    init_state: int
-    seed: int
-    steps: int
-    attempt: int
+    init_state: int | None = None
+    seed: int | None = None
+    steps: int = 0
+    attempt: int = 0
     failures: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    file: str | None = None
+    demo: str | None = None
+    noops: int = 0
+    success: bool = True
+    dropped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class StagedEpisode:
         source: provenance.
         state_F8: float32, end-effector position (m), axis-angle (rad), finger positions (m).
         action_F7: float32, the action to imitate at each frame, robot units.
-        thoughts: F texts, without tags.
+        thoughts: F texts, without tags; empty where there is none.
         clips: per camera the encoded mp4 file.
         histograms: per camera int64 (3, 256), counts of colour values on a pixel grid.
     """
@@ -93,7 +105,7 @@ class StagedEpisode:
         )
 
     def save(self, path: Path) -> None:
-        """Write the episode to ``path``: to a temporary name first, flushed to the disk, then renamed."""
+        """Write the episode to ``path``, whole or not at all."""
         texts = sorted(set(self.thoughts))
         header = {"source": asdict(self.source), "texts": texts, "cameras": list(self.clips)}
         arrays = {
@@ -105,15 +117,8 @@ class StagedEpisode:
         for camera, clip in self.clips.items():
             arrays[f"clip_{camera}"] = np.frombuffer(clip, dtype=np.uint8)
             arrays[f"histogram_{camera}"] = self.histograms[camera]
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _whole_file(path) as file:
+            np.savez(file, allow_pickle=False, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> StagedEpisode:
@@ -142,13 +147,40 @@ def episode_path(folder: Path, episode_index: int) -> Path:
     return folder / f"episode_{episode_index:06d}.npz"
 
 
+def dropped_path(folder: Path, episode_index: int) -> Path:
+    """Where it is noted that an episode was performed and does not belong into the dataset."""
+    return folder / f"episode_{episode_index:06d}.json"
+
+
+def save_dropped(source: EpisodeSource, path: Path) -> None:
+    """Note a dropped episode, so that it is not performed again."""
+    with _whole_file(path) as file:
+        file.write(json.dumps(asdict(source)).encode())
+
+
 def read_source(path: Path) -> EpisodeSource:
-    """Only the provenance of a staged episode; :class:`ValueError` when the file is damaged."""
+    """Only the provenance of a staged or dropped episode; :class:`ValueError` when the file is damaged."""
     try:
+        if path.suffix == ".json":
+            return EpisodeSource(**json.loads(path.read_bytes()))
         with np.load(path, allow_pickle=False) as archive:
             return EpisodeSource(**json.loads(archive["header"].tobytes())["source"])
-    except (zipfile.BadZipFile, KeyError, EOFError, TypeError, json.JSONDecodeError) as error:
+    except (zipfile.BadZipFile, KeyError, EOFError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged episode file ({error})") from error
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file to a temporary name, flush it to the disk, then rename it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _histogram(frames_FHWC: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,9 @@ PIXEL_FORMAT = "yuv420p"
 # crf 18 is visually lossless; "veryfast" encodes about 10x faster than AV1 at the same quality. One thread per clip,
 # because collection already runs one process per core.
 ENCODER_OPTIONS = {"crf": "18", "preset": "veryfast", "g": "10", "bf": "0", "threads": "1"}
+
+END = -(2**40)  # position of a reader with nothing ahead
+SEEK_BACK = 32  # frames
 
 
 def encode_clip(frames_FHWC: np.ndarray, fps: int) -> bytes:
@@ -102,3 +105,65 @@ def decode_frames(path: Path) -> Iterator[np.ndarray]:
         stream.thread_type = "AUTO"
         for frame in container.decode(stream):
             yield frame.to_ndarray(format="rgb24")
+
+
+class VideoReader:
+    """Any frames of a video file of constant rate: seeks to the key frame before, decodes on from there.
+
+    The file stays open, and where the next frame asked for is near, decoding goes on instead of seeking.
+    """
+
+    def __init__(self, path: Path, fps: float) -> None:
+        """Open the file; :class:`av.FFmpegError` when it is absent, truncated or no video."""
+        self._container = av.open(str(path))
+        self._stream = self._container.streams.video[0]
+        self._stream.codec_context.thread_count = 1  # threads decode ahead, which the next seek would throw away
+        assert self._stream.time_base is not None  # every stream of an mp4 file has one
+        self._ticks = float(1 / (Fraction(fps) * self._stream.time_base))  # of one frame
+        self._start = self._stream.start_time or 0
+        self._frames: Iterator[av.VideoFrame] = iter(())
+        self._position = END  # of the frame that was decoded last
+        self._reach = 1  # longest way from a key frame to a wanted frame so far: going on costs no more than seeking
+
+    def read(self, positions: Sequence[int]) -> Iterator[np.ndarray]:
+        """uint8 (H, W, 3) frames at these ascending positions; ends where the file does."""
+        for position in positions:
+            frame = self._frame(position)
+            if frame is None:
+                return
+            yield frame.to_ndarray(format="rgb24")
+
+    def holds(self, count: int) -> bool:
+        """Whether the file has that many frames and the last of them decodes."""
+        return any(True for _ in self.read([count - 1]))
+
+    def close(self) -> None:
+        """Give up the file."""
+        self._container.close()
+
+    def _frame(self, position: int) -> av.VideoFrame | None:
+        if self._position < position <= self._position + self._reach:
+            return self._forward(position)
+        for back in (0, SEEK_BACK, position):  # with B-frames a seek can land behind the frame
+            target = max(0, position - back) + 0.5  # half a frame on: timestamps are rounded
+            self._container.seek(self._start + int(target * self._ticks), stream=self._stream)
+            self._frames = self._container.decode(self._stream)
+            self._position = END
+            frame = self._forward(position)
+            if frame is not None:
+                return frame
+        return None
+
+    def _forward(self, position: int) -> av.VideoFrame | None:
+        """Decode up to a frame; None when it is not ahead."""
+        decoded = 0
+        for frame in self._frames:
+            if frame.pts is None:
+                continue
+            decoded += 1
+            self._position = round((frame.pts - self._start) / self._ticks)
+            if self._position >= position:
+                self._reach = max(self._reach, decoded - 1)
+                return frame if self._position == position else None
+        self._position = END
+        return None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from dtvla.data.datamodule import DemonstrationDataModule
+    from dtvla.learning.optim import OptimizerSettings
     from dtvla.learning.sft import SFTModule
 
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
@@ -47,9 +48,9 @@ def train(cfg: DictConfig) -> float | None:
         print(f"This run is finished ({result['steps']} steps); its policy is {folder.policy}")
         return _metric(cfg, result["metrics"])
     metrics = _fit(cfg, folder, checkpoint)
-    print(f"policy: {folder.policy}")
+    _say(f"policy: {folder.policy}")
     if folder.best.exists():
-        print(f"most successful in rollouts: {folder.best}")
+        _say(f"most successful in rollouts: {folder.best}")
     return _metric(cfg, metrics)
 
 
@@ -66,17 +67,18 @@ def _fit(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> dict[st
     data = _open_inputs(cfg)
     if checkpoint is not None:
         cfg.run.start_step = read_step(checkpoint)
-        print(f"continuing after step {cfg.run.start_step}: {checkpoint}")
+        _say(f"continuing after step {cfg.run.start_step}: {checkpoint}")
     module = _module(cfg, data, cfg.run.start_step)
     trainer = _trainer(cfg)
-    folder.record(_plain(cfg))
+    if trainer.is_global_zero:
+        _record(cfg, folder, module)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:
-        print(f"stopped by SIGTERM after step {trainer.global_step}, which is saved; continue with resume=true")
+        _say(f"stopped by SIGTERM after step {trainer.global_step}, which is saved; continue with resume=true")
         raise SystemExit(SIGTERM_EXIT_CODE) from None
     except SystemExit:  # Lightning's answer to Ctrl-C
-        print("interrupted; continue from the last checkpoint with the same command and resume=true")
+        _say("interrupted; continue from the last checkpoint with the same command and resume=true")
         raise SystemExit(SIGINT_EXIT_CODE) from None
     metrics = _final_metrics(trainer, module, data)
     with gathered(module.policy) as policy:
@@ -87,18 +89,29 @@ def _fit(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> dict[st
     return metrics
 
 
+def _record(cfg: DictConfig, folder: RunFolder, module: SFTModule) -> None:
+    """Write what a resume compares its settings with, and what makes policies of checkpoints."""
+    from dtvla.policy import checkpoint
+    from dtvla.policy.weights import new_folder
+
+    folder.record(_plain(cfg))
+    with new_folder(folder.processor, replace=True) as temporary:
+        checkpoint.write_without_weights(module.policy, temporary)
+
+
 def _open_inputs(cfg: DictConfig) -> DemonstrationDataModule:
-    """Open the dataset and look for the weights that training starts from.
+    """Check the settings, open the dataset, and look for the weights that training starts from.
 
     Raises:
         UserError: naming everything that is absent or unfit at once.
     """
-    from hydra.utils import instantiate
-
+    from dtvla.data.grouping import Cut
     from dtvla.policy.hub import locate
+    from dtvla.policy.quantization import check_bits
 
-    data: DemonstrationDataModule = instantiate(cfg.data)
-    problems: list[str] = []
+    data: DemonstrationDataModule = _made(cfg.data)
+    problems = _problem(lambda: _optimizer(cfg)) + _problem(lambda: Cut(**_passes(cfg)))
+    problems += _problem(lambda: check_bits(cfg.model.quantize))
     if cfg.model.get("lora") and not cfg.model.checkpoint:
         problems.append(
             "model.lora: adapts a trained model, but model.checkpoint is null; set it, or use model/lora=none"
@@ -120,43 +133,49 @@ def _problem(check: Callable[[], object]) -> list[str]:
 
 
 def _module(cfg: DictConfig, data: DemonstrationDataModule, start_step: int) -> SFTModule:
-    from dtvla.learning.optim import OptimizerSettings
     from dtvla.learning.sft import SFTModule
     from dtvla.policy import compat
     from dtvla.policy.policy import build_policy
     from dtvla.policy.quantization import count
 
     demonstrations = data.demonstrations
-    print(f"data: {demonstrations.root}, {demonstrations.episodes} episodes, {len(demonstrations)} frames")
+    _say(f"data: {demonstrations.root}, {demonstrations.episodes} episodes, {len(demonstrations)} frames")
     policy = build_policy(_plain(cfg.model), demonstrations.texts(), demonstrations.statistics)
     compat.apply(policy, compat.Compat.from_config(_plain(cfg.compat)))
-    data.attach(policy.processor, start_step)
-    algorithm = _plain(cfg.algorithm)
-    optimizer = {**algorithm["optimizer"], "betas": tuple(algorithm["optimizer"]["betas"])}
+    data.attach(policy.processor, start_step, **_passes(cfg))
     module = SFTModule(
         policy,
-        OptimizerSettings(**optimizer),
+        _optimizer(cfg),
         data_fingerprint=demonstrations.fingerprint,
         seed=int(cfg.seed),
-        micro_batch_size=algorithm["micro_batch_size"],
-        action_smoothing_bins=float(algorithm["loss"]["action_smoothing_bins"]),
+        action_smoothing_bins=float(cfg.algorithm.loss.action_smoothing_bins),
     )
     sizes = f"{count(module.model) / 1e6:.1f} M parameters, {count(module.model, trainable=True) / 1e6:.1f} M trained"
-    print(f"model: {cfg.model.name}, {sizes}")
+    _say(f"model: {cfg.model.name}, {sizes}")
     return module
+
+
+def _optimizer(cfg: DictConfig) -> OptimizerSettings:
+    from dtvla.learning.optim import OptimizerSettings
+
+    values = _plain(cfg.algorithm.optimizer)
+    return OptimizerSettings(**{**values, "betas": tuple(values["betas"])})
+
+
+def _passes(cfg: DictConfig) -> dict[str, Any]:
+    return {key: cfg.algorithm[key] for key in ("micro_batch_size", "pack_tokens")}
 
 
 def _trainer(cfg: DictConfig) -> Trainer:
     import torch
-    from hydra.utils import instantiate
 
     from dtvla.callbacks.checkpoint import AtomicCheckpointIO
 
     if cfg.trainer.accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
         raise UserError(f"trainer: torch {torch.__version__} finds no GPU; use trainer=cpu or install a CUDA build")
-    callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
-    loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
-    trainer: Trainer = instantiate(
+    callbacks = [_made(callback) for callback in (cfg.callbacks or {}).values()]
+    loggers = [_made(logger) for logger in (cfg.logger or {}).values()]
+    trainer: Trainer = _made(
         cfg.trainer,
         callbacks=callbacks,
         logger=loggers or False,
@@ -230,15 +249,36 @@ def _job_name(overrides: Sequence[str]) -> str:
     return f"{name[:LONGEST_JOB_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
+def _made(cfg: DictConfig, **options: Any) -> Any:
+    """What a node with a ``_target_`` describes; a :class:`UserError` comes through as it was raised."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(cfg, **options)
+    except InstantiationException as error:
+        raise (error.__cause__ if isinstance(error.__cause__, UserError) else error) from None
+
+
 def _plain(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def _say(text: str) -> None:
+    """Print on one rank."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    if not rank_zero_only.rank:  # type: ignore[attr-defined]
+        print(text)
 
 
 def _quiet() -> None:
     """Keep advice of libraries that does not apply here off the screen (after their import, which sets their level)."""
     import logging
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # torchmetrics have summed over ranks already

@@ -1,6 +1,7 @@
 """Optimiser of the published recipe: AdamW with a learning rate per part of the model, warm-up then cosine.
 
-Source: the DeepThinkVLA training recipe. Its values are the defaults of :class:`OptimizerSettings`.
+Source: the DeepThinkVLA training recipe. Its values are the defaults of :class:`OptimizerSettings`. AdamW's two moments
+take twice the memory of the weights; with 8 bits each (Dettmers et al., 2022), through bitsandbytes, half of it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dtvla.errors import UserError
 from dtvla.policy.adapters import PARTS, is_adapter, part_of
 
+NAMES = ("adamw", "adamw_8bit")
 PUBLISHED_LR = {"language_model": 2.5e-5, "vision_tower": 5e-6, "projector": 2.5e-6}
 
 
@@ -26,6 +29,7 @@ class OptimizerSettings:
     """Settings of AdamW and its schedule.
 
     Attributes:
+        name: one of :data:`NAMES`. ``adamw_8bit`` keeps the moments of weights with at least 4096 elements in 8 bits.
         lr: peak learning rate of each part in :data:`PARTS`; 0 freezes the part.
         betas: decay rates of AdamW's moments.
         eps: AdamW's epsilon.
@@ -35,6 +39,7 @@ class OptimizerSettings:
         min_ratio: m, learning rate at the last step as a share of the peak.
     """
 
+    name: str = "adamw"
     lr: Mapping[str, float] = field(default_factory=lambda: dict(PUBLISHED_LR))
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -49,11 +54,18 @@ class OptimizerSettings:
         Raises:
             UserError: a part is missing or unknown, or a value is out of range.
         """
+        if self.name not in NAMES:
+            raise UserError(f"algorithm.optimizer.name: {self.name!r} is unknown; use {' or '.join(NAMES)}")
         if set(self.lr) != set(PARTS):
             found = ", ".join(sorted(self.lr)) or "nothing"
             raise UserError(f"algorithm.optimizer.lr: found {found}; give one value for each of {', '.join(PARTS)}")
         if any(not 0 <= rate < math.inf for rate in self.lr.values()) or not any(self.lr.values()):
             raise UserError("algorithm.optimizer.lr: rates are 0 (frozen) or positive, and at least one is positive")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"algorithm.optimizer.betas: {list(self.betas)} are not two numbers within [0, 1)")
+        for setting in ("eps", "weight_decay"):
+            if not 0 <= getattr(self, setting) < math.inf:
+                raise UserError(f"algorithm.optimizer.{setting}: {getattr(self, setting)} is negative or infinite")
         if self.clip is not None and self.clip <= 0:
             raise UserError(f"algorithm.optimizer.clip: {self.clip} is not positive; use null for no clipping")
         if self.warmup_steps < 0:
@@ -142,15 +154,33 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings, total_steps: 
         total_steps: T, the optimiser steps of the whole training.
 
     Raises:
-        UserError: the schedule does not fit the number of steps.
+        UserError: the schedule does not fit the number of steps, or 8-bit moments do not suit sharded weights.
     """
     schedule = warmup_cosine(settings.warmup_steps, total_steps, settings.min_ratio)
     groups = parameter_groups(model, settings)
-    optimizer = AdamW(groups, betas=settings.betas, eps=settings.eps, fused=True)
+    if settings.name == "adamw":
+        optimizer: Optimizer = AdamW(groups, betas=settings.betas, eps=settings.eps, fused=True)
+    else:
+        optimizer = _adamw_8bit(groups, settings)
     return optimizer, LambdaLR(optimizer, schedule)
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], settings: OptimizerSettings) -> Optimizer:
+    # bitsandbytes' kernels take no sharded tensors, and its blocks of 256 moments, each with its own scale, can't be
+    # shared out anew over another number of ranks.
+    if any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"]):
+        raise UserError(
+            "algorithm.optimizer.name: adamw_8bit can't update weights that trainer=fsdp (or another sharding trainer) "
+            "shares out over ranks, whose moments are shared out already; use adamw, or trainer=single_gpu or ddp"
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer: Optimizer = AdamW8bit(groups, betas=settings.betas, eps=settings.eps)
+    return optimizer
 
 
 def gradient_norm(model: nn.Module, clip: float | None) -> torch.Tensor:
     """Return the L2 norm of the whole gradient as it was found, and scale the gradient down to ``clip``."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    return nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -7,17 +7,16 @@ from collections.abc import Iterator
 from torch.utils.data import DataLoader, Sampler
 
 from dtvla.data.datamodule import DemonstrationDataModule
-from dtvla.data.sampler import BatchKey, TrainSampler
+from dtvla.data.sampler import BatchKey
 from dtvla.policy.layout import Batch
 
 
 class OneBatchDataModule(DemonstrationDataModule):
     """The first training batch again and again, without augmentation, thoughts never dropped."""
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[list[Batch]]:
         """The same batch without end."""
-        sampler = TrainSampler(self.train_frames, self.batch_size, self.seed)
-        return self._loader(self._dataset(), _FirstOnly(sampler))
+        return self._loader(self._dataset(self._cut_for_rank()), _FirstOnly(self._train_sampler()))
 
 
 class _FirstOnly(Sampler[BatchKey]):

@@ -12,8 +12,28 @@ from typing import Any
 from dtvla.errors import UserError
 
 # Settings that decide the final weights. The others may change on resume (workers, logging, checkpoints, callbacks).
-DECISIVE = ("seed", "model", "data", "algorithm", "trainer.max_steps", "trainer.precision", "trainer.overfit_batches")
-HARMLESS = ("data.num_workers", "data.cache_dir", "data.pin_memory", "algorithm.micro_batch_size")
+DECISIVE = (
+    "seed",
+    "model",
+    "data",
+    "algorithm",
+    "callbacks.ema",
+    "trainer.max_steps",
+    "trainer.precision",
+    "trainer.overfit_batches",
+)
+HARMLESS = (
+    "data.cache",
+    "data.cache_dir",
+    "data.download_dir",
+    "data.num_workers",
+    "algorithm.micro_batch_size",
+    "algorithm.pack_tokens",
+    "model.attention",
+    "model.compile",
+    "model.gradient_checkpointing",
+)
+PROCESSOR = "processor"
 
 
 @dataclass(frozen=True)
@@ -21,15 +41,21 @@ class RunFolder:
     """Paths and state of one run.
 
     Attributes:
-        path: the folder: config.yaml, metrics.csv, checkpoints/, tensorboard/, rollouts/, best/, policy/, result.json.
+        path: the folder: config.yaml, metrics.csv, processor/, checkpoints/, tensorboard/, rollouts/, best/, policy/,
+            result.json.
     """
 
     path: Path
 
     @property
     def checkpoint(self) -> Path:
-        """The checkpoint that a resume starts from."""
+        """The checkpoint that a resume starts from: a file, or a folder of several ranks' shards."""
         return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def processor(self) -> Path:
+        """The policy without its weights, so that checkpoints can be exported while training goes on."""
+        return self.path / PROCESSOR
 
     @property
     def policy(self) -> Path:
@@ -59,7 +85,9 @@ class RunFolder:
         Raises:
             UserError: the folder holds another run's work and ``resume`` is false, or its settings differ.
         """
-        started = any(path.exists() for path in (self.checkpoint, self.policy, self.best, self.result_file))
+        started = any(
+            path.exists() or path.is_symlink() for path in (self.checkpoint, self.policy, self.best, self.result_file)
+        )
         if started and not resume:
             raise UserError(
                 f"name: {self.path} already holds a training run; continue it with resume=true, or train under "
@@ -67,7 +95,10 @@ class RunFolder:
             )
         if started:
             self._check_settings(config)
-        return self.checkpoint if self.checkpoint.is_file() else None
+        if self.checkpoint.is_symlink() and not self.checkpoint.exists():
+            target = self.checkpoint.readlink()
+            raise UserError(f"resume: {self.checkpoint} leads to {target}, which is not there; copy the folder whole")
+        return self.checkpoint if self.checkpoint.exists() else None
 
     def record(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml, which a resume compares its settings with."""

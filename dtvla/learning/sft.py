@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,10 @@ from torch import Tensor
 from dtvla.errors import UserError
 from dtvla.learning.metrics import TokenMetrics
 from dtvla.learning.optim import OptimizerSettings, build_optimizer, freeze_parts, gradient_norm
+from dtvla.learning.sharding import gradient_exchange, shard
 from dtvla.policy.adapters import has_adapter, is_adapter
-from dtvla.policy.layout import Batch, Segment
+from dtvla.policy.layout import Batch
 from dtvla.policy.loss import LossSums, sft_loss
-from dtvla.policy.model import supervised_positions
 
 if TYPE_CHECKING:
     from dtvla.policy.policy import Policy
@@ -31,9 +30,10 @@ FINGERPRINTS = "dtvla_fingerprints"
 class SFTModule(LightningModule):
     """Next-token cross entropy over thoughts and actions, averaged over all supervised tokens of the whole batch.
 
-    One training step is one optimiser step on one (large) batch, cut into micro-batches that fit into memory. Each
-    adds (sum of its token losses) / (tokens of the whole batch, over all ranks) to the gradient, so the gradient does
-    not depend on the cut. The published trainer averages the means of its micro-batches instead.
+    One training step is one optimiser step on one (large) batch, which arrives cut into forward passes that fit into
+    memory (:mod:`dtvla.data.grouping`). Each adds (sum of its token losses) / (tokens of the whole batch, over all
+    ranks) to the gradient, so the gradient does not depend on the cut. The published trainer averages the means of its
+    micro-batches instead.
 
     Dropout is a function of (seed, step, rank): nothing random has to be saved for an exact resume.
     """
@@ -45,7 +45,6 @@ class SFTModule(LightningModule):
         *,
         data_fingerprint: str = "",
         seed: int = 0,
-        micro_batch_size: int | None = None,
         action_smoothing_bins: float = 0.0,
     ) -> None:
         """Take the policy's model for training; parts with learning rate 0 are frozen.
@@ -55,15 +54,12 @@ class SFTModule(LightningModule):
             optimizer: settings of AdamW and its schedule.
             data_fingerprint: of the dataset; checkpoints of other data are refused.
             seed: of dropout.
-            micro_batch_size: samples per forward pass; None for the whole batch.
             action_smoothing_bins: see :func:`dtvla.policy.loss.sft_loss`; training only.
 
         Raises:
             UserError: a setting is out of range, or nothing is left to train.
         """
         super().__init__()
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise UserError(f"algorithm.micro_batch_size: {micro_batch_size} is below 1; use null for the whole batch")
         if action_smoothing_bins < 0:
             raise UserError(f"algorithm.loss.action_smoothing_bins: {action_smoothing_bins} is negative")
         self.automatic_optimization = False
@@ -72,7 +68,6 @@ class SFTModule(LightningModule):
         self.settings = optimizer
         self.data_fingerprint = data_fingerprint
         self.seed = seed
-        self.micro_batch_size = micro_batch_size
         self.action_smoothing_bins = action_smoothing_bins
         self.train_metrics = TokenMetrics(policy.processor.normalizer)
         self.val_metrics = TokenMetrics(policy.processor.normalizer)
@@ -80,17 +75,24 @@ class SFTModule(LightningModule):
         freeze_parts(self.model, optimizer)
         self.strict_loading = not has_adapter(self.model)  # checkpoints of an adapted model hold the adapter only
 
+    def configure_model(self) -> None:
+        """Share the weights out where the strategy does; changes nothing the second time."""
+        if self.device_mesh is not None:
+            if has_adapter(self.model):
+                _ = self._base_digest  # of whole weights
+            shard(self.model, self.device_mesh["data_parallel"], str(self.trainer.precision))
+
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule over ``trainer.max_steps``."""
         optimizer, scheduler = build_optimizer(self.model, self.settings, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
         """Seed dropout for this step."""
         digest = hashlib.sha256(f"{self.seed}/{self.global_step}/{self.global_rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         """One optimiser step."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         optimizer.zero_grad()  # type: ignore[union-attr]
@@ -108,22 +110,23 @@ class SFTModule(LightningModule):
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_window(norm, rates)
 
-    def accumulate(self, batch: Batch) -> Iterator[LossSums]:
-        """Run forward and backward over the micro-batches of a batch, adding to the gradient; yield their sums."""
-        tokens = supervised_positions(batch).sum()
-        world = 1
+    def accumulate(self, parts: Sequence[Batch]) -> Iterator[LossSums]:
+        """Run forward and backward over the parts of a batch, adding to the gradient; yield their sums."""
+        tokens, world = torch.tensor(sum(part.tokens for part in parts), device=self.device), 1
         if self._trainer is not None:
             tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
             world = self.trainer.world_size  # strategies average gradients over ranks
-        for part in micro_batches(batch, self.micro_batch_size):
-            sums = self._loss(part, self.action_smoothing_bins)
-            loss = sums.cross_entropy * world / tokens
-            self.manual_backward(loss) if self._trainer is not None else loss.backward()
+        model: Any = self.model if self._trainer is None else self.trainer.strategy.model
+        for index, part in enumerate(parts):
+            with gradient_exchange(model, last=index == len(parts) - 1):
+                sums = self._loss(part, self.action_smoothing_bins)
+                loss = sums.cross_entropy * world / tokens
+                self.manual_backward(loss) if self._trainer is not None else loss.backward()
             yield sums
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
         """Add a batch of held-out frames to the validation metrics."""
-        for part in micro_batches(batch, self.micro_batch_size):
+        for part in batch:
             self.val_metrics.update(self._loss(part, 0.0))
 
     def on_validation_epoch_end(self) -> None:
@@ -173,15 +176,6 @@ class SFTModule(LightningModule):
         self.train_metrics.reset()
         self.log_dict({**values, **rates, "train/grad_norm": norm, "step": float(self.global_step)})
         self.log("loss", values["train/loss"], prog_bar=True, logger=False)
-
-
-def micro_batches(batch: Batch, size: int | None) -> Iterator[Batch]:
-    """Cut a batch into consecutive parts of at most ``size`` samples, each without columns that are padding only."""
-    for start in range(0, len(batch), size or len(batch)):
-        rows = slice(start, start + (size or len(batch)))
-        length = int((batch.segment_BT[rows] != Segment.PAD).sum(1).max())
-        cut = {f.name: getattr(batch, f.name)[rows] for f in fields(Batch)}
-        yield Batch(**{name: value[:, :length] if name.endswith("_BT") else value for name, value in cut.items()})
 
 
 def processor_digest(processor: Processor) -> str:

@@ -1,8 +1,9 @@
-"""TensorBoard in one folder per run, continued on resume, with videos."""
+"""TensorBoard in one folder per run, continued on resume, with pictures and videos."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +48,30 @@ class ResumableTensorBoard(TensorBoardLogger):
             film: path of a video file.
             step: optimiser steps done.
         """
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         frames = _thin(film)
         buffer = io.BytesIO()
         frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=GIF_FRAME_MS, loop=0)
-        width, height = frames[0].size
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+        self._add_encoded(name, buffer.getvalue(), frames[0].size, step)
+
+    @rank_zero_only
+    def log_image(self, key: str, images: Sequence[str | Path], step: int) -> None:
+        """Show picture files, with the signature that the loggers of Weights & Biases and SwanLab have.
+
+        Args:
+            key: tag; from the second picture on with its number.
+            images: paths of PNG or JPEG files, which are stored as they are.
+            step: optimiser steps done.
+        """
+        from PIL import Image
+
+        for number, path in enumerate(images):
+            with Image.open(path) as picture:
+                self._add_encoded(f"{key}/{number + 1}" if number else key, Path(path).read_bytes(), picture.size, step)
+
+    def _add_encoded(self, name: str, data: bytes, size: tuple[int, int], step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        image = Summary.Image(width=size[0], height=size[1], colorspace=3, encoded_image_string=data)
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
         self.experiment._get_file_writer().add_summary(summary, step)
 

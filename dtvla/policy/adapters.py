@@ -161,14 +161,29 @@ def save(model: HybridVLA, folder: Path, base: str | None = None) -> None:
         folder: gets adapter_config.json and adapter_model.safetensors.
         base: name of the checkpoint without the adapter; None for the one given when it was attached.
     """
-    from safetensors.torch import save_file
+    save_config(model, folder, base)
+    save_weights(model, folder)
 
+
+def save_config(model: HybridVLA, folder: Path, base: str | None = None) -> None:
+    """Write what the adapter is; see :func:`save`."""
     values = {**_config(model).to_dict(), "inference_mode": True}
     values["base_model_name_or_path"] = base or base_of(model)
     values["target_modules"] = sorted(values["target_modules"])
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    tensors = {name: weight.detach().cpu().contiguous() for name, weight in _weights(model).items()}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def save_weights(model: HybridVLA, folder: Path) -> None:
+    """Write what the adapter has learned; see :func:`save`."""
+    from safetensors.torch import save_file
+
+    save_file(in_file(dict(model.named_parameters())), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def in_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors, as they and their names are in peft's files; those of its base are left out."""
+    found = {_file_name(name): weight for name, weight in tensors.items() if is_adapter(name)}
+    return {name: weight.detach().cpu().contiguous() for name, weight in found.items()}
 
 
 def load(model: HybridVLA, folder: Path, trainable: bool = False) -> None:
@@ -315,8 +330,11 @@ def _is_target(name: str, module: nn.Module, lora: LoraSettings) -> bool:
 
 def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters under the names of peft's files."""
-    found = {name: weight for name, weight in model.named_parameters() if is_adapter(name)}
-    return {PREFIX + n.replace(".modules_to_save", "").replace(f".{NAME}", ""): w for n, w in found.items()}
+    return {_file_name(name): weight for name, weight in model.named_parameters() if is_adapter(name)}
+
+
+def _file_name(name: str) -> str:
+    return PREFIX + name.replace(".modules_to_save", "").replace(f".{NAME}", "")
 
 
 def _product(layer: Any) -> Tensor:

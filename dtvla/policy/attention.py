@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -73,6 +74,11 @@ def _may_see(query: Tensor, key: Tensor, query_segment: Tensor, key_segment: Ten
     return seen | pad if rule.pads_visible else seen & ~pad
 
 
+def _same_sample(query_segment: Tensor, query_sample: Tensor, key_sample: Tensor) -> Tensor:
+    """Samples of a packed row do not see each other. Padding, which nobody sees, sees all: an average needs a value."""
+    return (query_sample == key_sample) | (query_segment == Segment.PAD)
+
+
 def visible(segment_BT: Tensor, sample_BT: Tensor | None = None, rule: Rule = HYBRID) -> Tensor:
     """The dense mask: True where the query (rows) may see the key (columns).
 
@@ -87,7 +93,7 @@ def visible(segment_BT: Tensor, sample_BT: Tensor | None = None, rule: Rule = HY
     position_T = torch.arange(segment_BT.shape[1], device=segment_BT.device)
     mask_BTT = _may_see(position_T[:, None], position_T, segment_BT[:, :, None], segment_BT[:, None, :], rule)
     if sample_BT is not None:
-        mask_BTT = mask_BTT & (sample_BT[:, :, None] == sample_BT[:, None, :])
+        mask_BTT = mask_BTT & _same_sample(segment_BT[:, :, None], sample_BT[:, :, None], sample_BT[:, None, :])
     return mask_BTT
 
 
@@ -97,7 +103,8 @@ def mask_mod(segment_BT: Tensor, sample_BT: Tensor | None = None, rule: Rule = H
     def see(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         allowed = _may_see(query, key, segment_BT[batch, query], segment_BT[batch, key], rule)
         if sample_BT is not None:
-            allowed = allowed & (sample_BT[batch, query] == sample_BT[batch, key])
+            own, other = sample_BT[batch, query], sample_BT[batch, key]
+            allowed = allowed & _same_sample(segment_BT[batch, query], own, other)
         return allowed
 
     return see
@@ -126,10 +133,15 @@ def unfused(active: bool) -> Iterator[None]:
         yield
 
 
-def positions(segment_BT: Tensor, rule: Rule = HYBRID) -> Tensor:
+def positions(segment_BT: Tensor, sample_BT: Tensor | None = None, rule: Rule = HYBRID) -> Tensor:
     """1-based positions (B, T) that skip padding, as PaliGemma counts them; padding repeats its left neighbour's.
 
-    With ``rule.pads_visible`` padding counts like any token.
+    Each sample of a packed row counts from 1. With ``rule.pads_visible`` padding counts like any token.
     """
-    counted = torch.ones_like(segment_BT) if rule.pads_visible else segment_BT != Segment.PAD
-    return counted.cumsum(dim=1).clamp(min=1)
+    counted = torch.ones_like(segment_BT) if rule.pads_visible else (segment_BT != Segment.PAD).long()
+    place_BT = counted.cumsum(dim=1)
+    if sample_BT is not None:
+        first_BT = functional.pad(sample_BT[:, 1:] != sample_BT[:, :-1], (1, 0), value=True)
+        before_BT = torch.where(first_BT, place_BT - counted, 0).cummax(dim=1).values
+        place_BT = place_BT - before_BT
+    return place_BT.clamp(min=1)

@@ -116,4 +116,5 @@ def _processor(
         max_prompt_tokens=int(settings["max_prompt_tokens"]),
         max_thought_tokens=int(settings["max_thought_tokens"]),
     )
-    return Processor(layout, ImagePipeline(cameras, int(settings["image_size"])), normalizer)
+    images = ImagePipeline(cameras, int(settings["image_size"]), float(settings.get("center_crop", 1.0)))
+    return Processor(layout, images, normalizer)

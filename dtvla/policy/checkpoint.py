@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PaliGemmaConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -22,7 +24,7 @@ from dtvla.data.images import ImagePipeline
 from dtvla.data.normalization import ActionNormalizer, Statistics
 from dtvla.errors import UserError
 from dtvla.policy import adapters, build, quantization, weights
-from dtvla.policy.hub import POLICY_FILE, Source, locate
+from dtvla.policy.hub import ADAPTER_FILE, ADAPTER_WEIGHTS, POLICY_FILE, Source, locate
 from dtvla.policy.layout import Layout, PromptTemplate
 from dtvla.policy.model import DECODER_KEY, HybridVLA, image_tokens
 from dtvla.policy.policy import Policy
@@ -56,17 +58,30 @@ def save(policy: Policy, folder: Path | str, *, overwrite: bool = False) -> None
 
 def write(policy: Policy, folder: Path, shard_size: str = SHARD_SIZE) -> None:
     """Write a policy's files into an empty folder; see :func:`save`."""
+    write_without_weights(policy, folder)
+    if adapters.has_adapter(policy.model):
+        adapters.save_weights(policy.model, folder)
+    else:
+        _quietly_save(policy.model, folder, shard_size)
+
+
+def write_without_weights(policy: Policy, folder: Path) -> None:
+    """Write everything else into an empty folder, which :func:`add_weights` completes.
+
+    Raises:
+        UserError: the weights could not be saved either: quantised ones, or adapters to fresh ones.
+    """
     if adapters.has_adapter(policy.model):
         base = adapters.base_of(policy.model)
         if not base:
             raise UserError(
                 "model.lora: these adapters belong to fresh weights, which are nowhere; set model.checkpoint"
             )
-        adapters.save(policy.model, folder, str(Path(base).resolve()) if Path(base).is_dir() else base)
+        adapters.save_config(policy.model, folder, str(Path(base).resolve()) if Path(base).is_dir() else base)
     elif quantization.bits_of(policy.model):
         raise UserError("model.quantize: quantised weights are not saved; save the adapters trained on them")
     else:
-        _quietly_save(policy.model, folder, shard_size)
+        policy.model.config.save_pretrained(folder)
         policy.processor.layout.tokenizer.save_pretrained(folder)
     # What an adapter's base may not say, or not have.
     own = {"decoder": policy.model.decoder, "quantize": quantization.bits_of(policy.model)}
@@ -74,12 +89,27 @@ def write(policy: Policy, folder: Path, shard_size: str = SHARD_SIZE) -> None:
     (folder / POLICY_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
 
+def add_weights(folder: Path, tensors: Mapping[str, Tensor], shard_size: str = SHARD_SIZE) -> None:
+    """Complete a folder of :func:`write_without_weights`.
+
+    Args:
+        folder: with an adapter's configuration or a model's.
+        tensors: whole weights of this adapter or model, by their names in memory.
+        shard_size: most bytes of one file.
+    """
+    if (folder / ADAPTER_FILE).is_file():
+        save_file(adapters.in_file(tensors), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        return
+    tied = weights.read_config(folder).tie_word_embeddings
+    weights.write_weights({n: w for n, w in tensors.items() if not (tied and n == weights.HEAD)}, folder, shard_size)
+
+
 def load(
     name: Path | str,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
-    expect_statistics: Statistics | None = None,
+    statistics: Statistics | None = None,
     settings: Mapping[str, Any] | None = None,
     as_trained: bool = True,
 ) -> Policy:
@@ -89,18 +119,16 @@ def load(
         name: a folder as :func:`save` writes it, a published one, one of adapters, or a hub id of such.
         device: where the model goes.
         dtype: of the weights; None keeps what is stored.
-        expect_statistics: of the data it shall be used with; None does not compare. A published base model, which
-            has none, takes these.
+        statistics: for a published base model, which has none.
         settings: the ``model`` group, for what a published checkpoint does not say; None: conf/model/deepthinkvla.yaml.
         as_trained: whether a base whose last adapter was trained on quantised weights is quantised again; its adapters
             can't be merged then.
 
     Raises:
-        UserError: files or weights are missing, damaged or superfluous, the format version is another one, or the
-            statistics differ.
+        UserError: files or weights are missing, damaged or superfluous, or the format version is another one.
     """
     source = locate(name)
-    processor = read_processor(source, expect_statistics, settings)
+    processor = read_processor(source, statistics, settings)
     return Policy(read_model(source, dtype, device, settings, as_trained), processor)
 
 
@@ -127,14 +155,13 @@ def read_model(
 
 
 def read_processor(
-    source: Source, expect_statistics: Statistics | None = None, settings: Mapping[str, Any] | None = None
+    source: Source, statistics: Statistics | None = None, settings: Mapping[str, Any] | None = None
 ) -> Processor:
     """Read everything but the weights; for arguments and errors see :func:`load`."""
     config, tokenizer = weights.read_config(source.base), weights.read_tokenizer(source.base)
     if source.policy_file is None:
-        own = None if source.statistics_file is None else Statistics.load(source.statistics_file)
-        _compare(source.folder, own, expect_statistics)
-        statistics = own or expect_statistics
+        if source.statistics_file is not None:
+            statistics = Statistics.load(source.statistics_file)
         if statistics is None:
             raise UserError(
                 f"checkpoint {source.folder}: neither policy.json nor norm_stats.json, so the scale of its actions is "
@@ -154,7 +181,6 @@ def read_processor(
         layout = _layout(description, Vocabulary.from_config(config.to_dict()), tokenizer, config)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path.parent}: {POLICY_FILE} is damaged ({error!r}); copy it again") from None
-    _compare(source.folder, normalizer.statistics, expect_statistics)
     return Processor(layout, images, normalizer)
 
 
@@ -174,14 +200,6 @@ def describe(processor: Processor) -> dict[str, Any]:
         "normalizer": processor.normalizer.to_dict(),
         "versions": {name: version(name) for name in packages},
     }
-
-
-def _compare(folder: Path, own: Statistics | None, expected: Statistics | None) -> None:
-    if own is not None and expected is not None and own.digest() != expected.digest():
-        raise UserError(
-            f"checkpoint {folder}: trained with other normalisation statistics ({own.digest()[:12]}) "
-            f"than this dataset's ({expected.digest()[:12]}); use its own dataset, or train again"
-        )
 
 
 def _layout(

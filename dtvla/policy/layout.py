@@ -14,12 +14,13 @@ Source: DeepThinkVLA, ``dt_datasets/dataset.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from dtvla.errors import UserError
@@ -30,7 +31,17 @@ from dtvla.policy.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["IGNORE", "Batch", "Example", "Layout", "PromptTemplate", "Segment", "normalize_instruction", "stack"]
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "Example",
+    "Layout",
+    "PromptTemplate",
+    "Segment",
+    "normalize_instruction",
+    "pack",
+    "stack",
+]
 
 IGNORE = -100  # label of a position without supervision, as in torch's cross entropy
 
@@ -54,12 +65,15 @@ class Example:
 
 @dataclass
 class Batch:
-    """Sequences padded on the right, with their pictures and actions.
+    """Samples in rows of tokens that are padded on the right, with their pictures and actions.
 
     Attributes:
-        pixels_BNCHW: uint8 pictures of N cameras.
-        input_ids_BT, segment_BT, labels_BT, slot_BT: as in :class:`Example`, padded.
-        actions_BSD: float32 chunks in normalised units.
+        pixels_BNCHW: uint8 pictures of N cameras, one entry per sample.
+        input_ids_BT, segment_BT, labels_BT, slot_BT: as in :class:`Example`, padded; one row per sample, or packed.
+        actions_BSD: float32 chunks in normalised units, one entry per sample.
+        sample_BT: for packed rows, which sample of its row a position belongs to, counted from 0 (padding: -1); samples
+            lie in the order of their pictures. None: each row is one sample.
+        tokens: supervised tokens. Counted where the batch is made, so that no GPU has to be asked for a number.
     """
 
     pixels_BNCHW: Tensor
@@ -68,28 +82,61 @@ class Batch:
     labels_BT: Tensor
     slot_BT: Tensor
     actions_BSD: Tensor
+    sample_BT: Tensor | None = None
+    tokens: int = -1
+
+    def __post_init__(self) -> None:
+        """Count the supervised tokens."""
+        if self.tokens < 0:
+            self.tokens = int((self.labels_BT[:, 1:] != IGNORE).sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """A copy on another device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
-        return Batch(**moved)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory; torch's DataLoader calls this."""
-        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return self._mapped(lambda tensor: tensor.pin_memory())
 
     def __len__(self) -> int:
-        """Number of sequences."""
-        return len(self.input_ids_BT)
+        """Number of samples."""
+        return len(self.pixels_BNCHW)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+        return Batch(**changed)
 
 
-def stack(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+def stack(examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
     """Pad examples on the right to the longest: the four token fields of a :class:`Batch`, by name."""
-    filler: dict[str, float] = {"input_ids": pad_id, "segment": int(Segment.PAD), "labels": IGNORE, "slot": False}
     return {
         f"{name}_BT": pad_sequence([getattr(e, f"{name}_T") for e in examples], batch_first=True, padding_value=value)
-        for name, value in filler.items()
+        for name, value in _filler(pad_id).items()
     }
+
+
+def pack(examples: Sequence[Example], pad_id: int, length: int) -> dict[str, Any]:
+    """Lay examples one behind the other in a single row of ``length`` tokens: fields of a :class:`Batch`, by name.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    counts = torch.tensor([len(e.input_ids_T) for e in examples])
+    room = length - int(counts.sum())
+    if room < 0:
+        raise ValueError(f"{len(examples)} examples of {int(counts.sum())} tokens do not fit into {length}")
+    rows = {
+        f"{name}_BT": functional.pad(torch.cat([getattr(e, f"{name}_T") for e in examples]), (0, room), value=value)
+        for name, value in _filler(pad_id).items()
+    }
+    rows["sample_BT"] = functional.pad(torch.arange(len(examples)).repeat_interleave(counts), (0, room), value=-1)
+    return {name: row_T[None] for name, row_T in rows.items()}
+
+
+def _filler(pad_id: int) -> dict[str, float]:
+    """What stands at padding, by field of :class:`Example`."""
+    return {"input_ids": pad_id, "segment": int(Segment.PAD), "labels": IGNORE, "slot": False}
 
 
 def normalize_instruction(instruction: str) -> str:
@@ -178,8 +225,12 @@ class Layout:
             )
         return [self.vocabulary.image_id] * self.image_tokens + [self.vocabulary.bos_id, *text]
 
-    def thought(self, text: str | None) -> list[int]:
+    def thought(self, text: str | None, truncate: bool = False) -> list[int]:
         """Ids of ``<think> text </think>``; None gives the two tags alone.
+
+        Args:
+            text: the words.
+            truncate: cut a text that is too long, instead of refusing it.
 
         Raises:
             UserError: the thought contains a control tag or is longer than ``max_thought_tokens``.
@@ -187,6 +238,8 @@ class Layout:
         ids = self._tokens(text.strip()) if text else []
         if set(ids) & set(self.vocabulary.control_ids):
             raise UserError(f"thought: {text!r} contains a control tag; give the plain text")
+        if truncate:
+            ids = ids[: self.max_thought_tokens]
         if len(ids) > self.max_thought_tokens:
             raise UserError(
                 f"thought: {len(ids)} tokens, the limit is {self.max_thought_tokens}; "
@@ -204,7 +257,9 @@ class Layout:
         control = set(self.vocabulary.control_ids)
         return str(self.tokenizer.decode([i for i in ids if i not in control])).strip()
 
-    def encode(self, instruction: str, thought: str | None, actions_SD: Tensor | None) -> Example:
+    def encode(
+        self, instruction: str, thought: str | None, actions_SD: Tensor | None, *, truncate: bool = False
+    ) -> Example:
         """The full training sequence of one sample.
 
         Args:
@@ -212,12 +267,14 @@ class Layout:
             thought: plain text without tags; None or "" makes a sample without a thought (and without the prompt's
                 request for one).
             actions_SD: normalised actions; None leaves the action slots without labels.
+            truncate: cut a thought that is too long, instead of refusing it.
 
         Raises:
             UserError: prompt or thought too long, or a thought with control tags.
             ValueError: actions of another shape.
         """
-        prefix, think, act = self.prompt(instruction, thinking=bool(thought)), self.thought(thought), self.act_block()
+        prefix, act = self.prompt(instruction, thinking=bool(thought)), self.act_block()
+        think = self.thought(thought, truncate)
         ids_T = torch.tensor(prefix + think + act)
         counts = torch.tensor([len(prefix), len(think), len(act)])
         segment_T = torch.tensor([Segment.PREFIX, Segment.THINK, Segment.ACT]).repeat_interleave(counts)
@@ -233,5 +290,9 @@ class Layout:
             labels_T[slot_T] = IGNORE
         return Example(input_ids_T=ids_T, segment_T=segment_T, labels_T=labels_T, slot_T=slot_T)
 
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts, without anything around them."""
+        return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+
     def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self.tokens([text])[0]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
 
 from dtvla.errors import UserError
 from dtvla.policy.action_bins import ActionBins
 from dtvla.policy.attention import Rule, block_mask, positions, unfused, visible
+from dtvla.policy.compiling import compile_layers
 from dtvla.policy.layout import IGNORE, Batch
 from dtvla.policy.vocabulary import Vocabulary
 
@@ -74,24 +76,33 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
         """Who sees whom."""
         return Rule(causal_actions=self.autoregressive, pads_visible=self.pads_visible)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits where the next token is supervised.
+    def forward(self, batch: Batch, head: Callable[[Tensor], Any] | None = None) -> Any:
+        """Logits where the next token is supervised, or whatever is to be made of the hidden states there.
+
+        Args:
+            batch: with labels.
+            head: takes hidden states (M, D). It runs inside of the forward, where sharded weights are whole.
 
         Returns:
-            float32 (M, V) in row-major order of :func:`supervised_positions`.
+            Without a head float32 (M, V) in row-major order of :func:`supervised_positions`; else what it returns.
         """
         hidden_BTD = self.encode(batch)
-        return self.logits(hidden_BTD[:, :-1][supervised_positions(batch)])
+        hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, supervised_places(batch))
+        return self.logits(hidden_MD) if head is None else head(hidden_MD)
 
     def encode(self, batch: Batch) -> Tensor:
         """Hidden states (B, T, D) of whole sequences after the final norm.
 
+        A batch on a GPU is taken as it is, since looking at it would cost a wait: :func:`check_batch` is for before.
+
         Raises:
             UserError: ids outside the vocabulary, or pictures that do not fit the sequences or the model.
         """
-        check_batch(batch, self.config)
+        if batch.input_ids_BT.device.type == "cpu":
+            check_batch(batch, self.config)
         embeddings_BTD = self.embed(batch.pixels_BNCHW, batch.input_ids_BT, batch.slot_BT)
-        return self.transform(embeddings_BTD, self.mask(batch.segment_BT), positions(batch.segment_BT, self.rule))
+        places_BT = positions(batch.segment_BT, batch.sample_BT, self.rule)
+        return self.transform(embeddings_BTD, self.mask(batch.segment_BT, batch.sample_BT), places_BT)
 
     def mask(self, segment_BT: Tensor, sample_BT: Tensor | None = None) -> Tensor | BlockMask:
         """The attention mask of whole rows, in the form that ``model.attention`` needs.
@@ -104,18 +115,17 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
         return make(segment_BT, sample_BT, rule=self.rule)
 
     def embed(self, pixels_BNCHW: Tensor, input_ids_BT: Tensor, slot_BT: Tensor | None = None) -> Tensor:
-        """Input embeddings of sequences that begin with their image tokens.
+        """Input embeddings of whole rows.
 
         Args:
             pixels_BNCHW: uint8 pictures; each observation passes the vision tower once.
-            input_ids_BT: ids, images included.
+            input_ids_BT: ids, images included; rows may be packed.
             slot_BT: action slots, or None when there are none.
         """
         images_BID = self.embed_images(pixels_BNCHW)
-        text_BTD = self.embed_text(input_ids_BT[:, images_BID.shape[1] :], None)
-        if slot_BT is not None:
-            text_BTD = self._fill_slots(text_BTD, slot_BT[:, images_BID.shape[1] :])
-        return torch.cat([images_BID.to(text_BTD.dtype), text_BTD], dim=1)
+        text_BTD = self.embed_text(input_ids_BT, slot_BT)
+        is_image_BT1 = (input_ids_BT == self.config.image_token_index)[..., None]
+        return text_BTD.masked_scatter(is_image_BT1, images_BID.to(text_BTD.dtype))
 
     def embed_images(self, pixels_BNCHW: Tensor) -> Tensor:
         """Image tokens (B, N * tokens per camera, D): cameras in order, on the scale of the token embeddings.
@@ -207,7 +217,8 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
             return embeddings_BTD
         if self.slot_embedding is None:
             return embeddings_BTD * (~slot_BT).unsqueeze(-1)
-        index_BT = (slot_BT.cumsum(dim=1) - 1).clamp(min=0)
+        slots = self.slot_embedding.num_embeddings  # of each sample of a packed row
+        index_BT = (slot_BT.cumsum(dim=1) - 1).clamp(min=0) % slots
         learned_BTD = self.slot_embedding(index_BT) * math.sqrt(embeddings_BTD.shape[-1])
         return torch.where(slot_BT.unsqueeze(-1), learned_BTD.to(embeddings_BTD.dtype), embeddings_BTD)
 
@@ -217,27 +228,33 @@ def supervised_positions(batch: Batch) -> Tensor:
     return batch.labels_BT[:, 1:] != IGNORE
 
 
+def supervised_places(batch: Batch) -> Tensor:
+    """The same places as int64 (M,) indices into the flattened (B * T) positions; no GPU is asked for their number."""
+    where_BT = functional.pad(supervised_positions(batch), (0, 1))
+    return torch.nonzero_static(where_BT.flatten(), size=batch.tokens)[:, 0]
+
+
 def check_batch(batch: Batch, config: PaliGemmaConfig) -> None:
     """Look at a batch's ids once; on a GPU a wrong one would end the process without a usable message.
 
     Raises:
-        UserError: an id lies outside the vocabulary, or the rows do not begin with the tokens of their pictures.
+        UserError: an id lies outside the vocabulary, or the rows do not hold the image tokens of their pictures.
     """
     text: Any = config.text_config
     ids_BT, cameras = batch.input_ids_BT, batch.pixels_BNCHW.shape[1]
     images = image_tokens(config, cameras)
-    is_image_BT = ids_BT == config.image_token_index
-    fit = is_image_BT[:, :images].all() & ~is_image_BT[:, images : images + 1].any()
-    highest = torch.maximum(ids_BT.max(), batch.labels_BT.max())
-    low, high, fits = torch.stack([ids_BT.min(), highest, fit.to(highest)]).tolist()
+    low, high = ids_BT.min(), torch.maximum(ids_BT.max(), batch.labels_BT.max())
     if low < 0 or high >= text.vocab_size:
-        wrong = low if low < 0 else high
+        wrong = int(low if low < 0 else high)
         raise UserError(
             f"batch: token {wrong} is outside the model's {text.vocab_size} ids; use the tokenizer of this model"
         )
-    if not fits:
+    sample_BT = torch.zeros_like(ids_BT) if batch.sample_BT is None else batch.sample_BT.clamp(min=0)
+    row_BT = torch.arange(len(ids_BT), device=ids_BT.device)[:, None] * (len(batch) + 1) + sample_BT
+    found = torch.bincount(row_BT[ids_BT == config.image_token_index])
+    if not torch.equal(found[found > 0], found.new_full((len(batch),), images)):
         raise UserError(
-            f"batch: {cameras} pictures are {images} image tokens, but the rows begin with another number; "
+            f"batch: {cameras} pictures are {images} image tokens, but the rows have another number; "
             "encode them with this model's layout and cameras"
         )
 
@@ -247,8 +264,8 @@ def configure(model: HybridVLA, settings: Mapping[str, Any]) -> None:
 
     Args:
         model: the model.
-        settings: of the ``model`` group: ``attention`` (sdpa), ``gradient_checkpointing`` (false), and ``decoder``
-            (hybrid), which must be the model's own.
+        settings: of the ``model`` group: ``attention`` (sdpa), ``gradient_checkpointing`` and ``compile`` (false), and
+            ``decoder`` (hybrid), which must be the model's own.
 
     Raises:
         UserError: an unknown attention, or the model was made with another decoder.
@@ -266,6 +283,8 @@ def configure(model: HybridVLA, settings: Mapping[str, Any]) -> None:
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # a hook on the embeddings, of use to reentrant checkpointing only
+    if settings.get("compile", False):
+        compile_layers(model)
     model.train()  # loaded models are in evaluation mode, in which nothing is checkpointed
 
 

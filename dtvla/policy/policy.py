@@ -84,12 +84,11 @@ class Policy:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        expect_statistics: Statistics | None = None,
     ) -> Policy:
         """Read such a folder; see :func:`dtvla.policy.checkpoint.load`."""
         from dtvla.policy import checkpoint
 
-        return checkpoint.load(folder, device=device, dtype=dtype, expect_statistics=expect_statistics)
+        return checkpoint.load(folder, device=device, dtype=dtype)
 
     def act(
         self,
@@ -201,16 +200,16 @@ def build_policy(settings: Mapping[str, Any], texts: Iterable[str], statistics: 
             trained on ``texts``; a saved policy continues from there; a folder or hub id in the published format
             gives weights, vocabulary and tokenizer.
         texts: instructions and thoughts of the training data.
-        statistics: of the training data.
+        statistics: of the training data; a policy that was trained before keeps its own.
 
     Raises:
-        UserError: an absent or unfit checkpoint, other statistics than a saved policy's, or contradictory settings.
+        UserError: an absent or unfit checkpoint, or contradictory settings.
     """
     from dtvla.policy import adapters, build, checkpoint
 
     if settings["checkpoint"]:
         policy = checkpoint.load(
-            str(settings["checkpoint"]), expect_statistics=statistics, settings=settings, as_trained=False
+            str(settings["checkpoint"]), statistics=statistics, settings=settings, as_trained=False
         )
     else:
         policy = build.fresh(settings, texts, statistics)

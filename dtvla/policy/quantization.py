@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dtvla.errors import UserError
 
@@ -40,8 +40,7 @@ def quantize(model: HybridVLA, bits: str, compute_dtype: torch.dtype | None = No
     Raises:
         UserError: unknown ``bits``, the model is quantised already, or a layer's rows are no whole blocks.
     """
-    if bits not in BITS:
-        raise UserError(f"quantize: {bits!r} is unknown; use null, {' or '.join(BITS)}")
+    check_bits(bits)
     if bits_of(model):
         raise UserError(f"quantize: the model is in {bits_of(model)} already; use null")
     model.requires_grad_(False)
@@ -50,6 +49,12 @@ def quantize(model: HybridVLA, bits: str, compute_dtype: torch.dtype | None = No
         if isinstance(module, nn.Linear):
             model.set_submodule(name, make(module))
     setattr(model, f"is_loaded_in_{bits}", True)  # peft looks at it to choose its layers
+
+
+def check_bits(bits: str | None) -> None:
+    """Refuse an unknown number of bits; :class:`UserError`."""
+    if bits is not None and bits not in BITS:
+        raise UserError(f"quantize: {bits!r} is unknown; use null, {' or '.join(BITS)}")
 
 
 def bits_of(model: nn.Module) -> str | None:
@@ -66,11 +71,11 @@ def count(module: nn.Module, trainable: bool = False) -> int:
 
 
 def _nf4(layer: nn.Linear, compute_dtype: torch.dtype | None) -> nn.Linear:
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn import Params4bit
 
     if layer.in_features % BLOCK:  # bitsandbytes 0.50 reads blocks that cross rows wrongly on CPUs
         raise UserError(f"quantize: 4bit needs layer widths that are multiples of {BLOCK}, not {layer.in_features}")
-    made = Linear4bit(
+    made = _nf4_class()(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -103,6 +108,29 @@ def _int8(layer: nn.Linear) -> nn.Linear:
     made.weight = weight.to(layer.weight.device)
     made.bias = layer.bias
     return made
+
+
+@cache
+def _nf4_class() -> Any:
+    from bitsandbytes.nn import Linear4bit
+
+    class AutocastNf4(Linear4bit):
+        """A 4-bit layer that computes in autocast's type where that is on, as other layers do.
+
+        bitsandbytes' widens its inputs to ``compute_dtype`` there, for slower products and larger activations.
+        """
+
+        def forward(self, x: Tensor) -> Tensor:
+            kind = x.device.type
+            if not torch.is_autocast_enabled(kind):
+                return super().forward(x)
+            usual, self.compute_dtype = self.compute_dtype, torch.get_autocast_dtype(kind)
+            try:
+                return super().forward(x.to(self.compute_dtype))
+            finally:
+                self.compute_dtype = usual
+
+    return AutocastNf4
 
 
 @cache

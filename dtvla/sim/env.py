@@ -47,6 +47,7 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
         settle_steps: steps with an open, resting gripper before the first observation; not counted.
         max_steps: step limit; None takes the limit of the protocol.
         protocol: whose step limits, see :func:`dtvla.sim.suites.step_limit`.
+        ends_at_success: whether success ends an episode; a recording is replayed to its last action.
         stepping: "exact" has every bit of plain LIBERO's states, "fast" solves contact forces once per substep instead
             of three times; see :mod:`dtvla.sim.stepping`.
 
@@ -68,6 +69,7 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
         max_steps: int | None = None,
         protocol: Protocol = "published",
         stepping: Stepping = "exact",
+        ends_at_success: bool = True,
     ):
         check_settings(
             render=render, stepping=stepping, image_size=image_size, settle_steps=settle_steps, max_steps=max_steps
@@ -78,6 +80,7 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
         self.quality = render
         self.settle_steps = settle_steps
         self.stepping = stepping
+        self.ends_at_success = ends_at_success
         self.render_mode = None if render == "none" else "rgb_array"
         self.init_states_NS = load_init_states(self.task)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
@@ -96,18 +99,14 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode from ``options["init_state"]`` (default 0) and let the scene settle.
 
-        ``seed`` places what an init state doesn't hold (the poses of fixtures); the benchmark uses 0.
+        ``options["state"]``, float64 (1 + nq + nv,) as :meth:`physics` gives it, stands in for an init state. ``seed``
+        places what neither holds (the poses of fixtures); the benchmark uses 0.
         """
-        index = int((options or {}).get("init_state", 0))
-        if not 0 <= index < len(self.init_states_NS):
-            raise UserError(
-                f"init_states: {index} is not an init state of {self.task.suite} task {self.task.task_id}; "
-                f"use 0 to {len(self.init_states_NS) - 1}"
-            )
+        first_state = self._first_state(options or {})
         super().reset(seed=seed)
         with _global_seed(0 if seed is None else seed):
             self._soft_reset()
-            self._libero.set_init_state(self.init_states_NS[index])
+            self._libero.set_init_state(first_state)
             for _ in range(self.settle_steps):
                 self._simulate(_REST)
         self._step = 0
@@ -133,7 +132,7 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
         begun = self.step_count
         for action in actions_SD:
             success = self._advance(action)
-            over = success or self.step_count >= self.max_steps
+            over = (success and self.ends_at_success) or self.step_count >= self.max_steps
             if record:
                 frames.append(self.render())
             if over:
@@ -229,6 +228,20 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
         model = self.domain.sim.model._model
         return model.body_pos.copy(), model.body_quat.copy()
 
+    def _first_state(self, options: dict[str, Any]) -> np.ndarray:
+        if "state" in options:
+            state, size = np.asarray(options["state"], dtype=np.float64), self.init_states_NS.shape[1]
+            if state.shape != (size,) or not np.isfinite(state).all():
+                raise ValueError(f"state: shape {state.shape}, expected {size} finite numbers")
+            return state
+        index = int(options.get("init_state", 0))
+        if not 0 <= index < len(self.init_states_NS):
+            raise UserError(
+                f"init_states: {index} is not an init state of {self.task.suite} task {self.task.task_id}; "
+                f"use 0 to {len(self.init_states_NS) - 1}"
+            )
+        return self.init_states_NS[index]
+
     def _soft_reset(self) -> None:
         """Reset without recompiling the model, clearing by hand what only a recompilation would clear."""
         model = self.domain.sim.model._model
@@ -259,10 +272,11 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
 
     def _outcome(self, success: bool) -> tuple[float, bool, bool, dict[str, Any]]:
         info = self._info(success)
-        truncated = not success and self.step_count >= self.max_steps
-        if success:
+        terminated = success and self.ends_at_success
+        truncated = not terminated and self.step_count >= self.max_steps
+        if terminated:
             self._step = None
-        return float(success), success, truncated, info
+        return float(success), terminated, truncated, info
 
     def _info(self, success: bool) -> dict[str, Any]:
         return {"success": success, "step": self.step_count}

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import ON_CPU
 from training_data import TINY, write_demonstrations
 
 from dtvla.analysis.intervals import wilson
+from dtvla.learning.checkpoint_folder import read_weights
 from dtvla.policy.policy import Policy
 
-SCRIPT = Path(__file__).with_name("sharded_training.py")
 EPISODES = 3  # the first process runs two of them
 GRACE_S = 60  # under the load of other tests; preempted jobs have 30 s and more
 
@@ -31,6 +32,8 @@ GRACE_S = 60  # under the load of other tests; preempted jobs have 30 s and more
 def settings(tmp_path: Path) -> list[str]:
     return [
         *TINY,
+        "trainer=fsdp",
+        *ON_CPU,
         f"data.root={write_demonstrations(tmp_path / 'data')}",
         f"paths.root={tmp_path}",
         "name=run",
@@ -80,10 +83,9 @@ def test_sharded_rollouts_survive_sigterm_and_are_shared_out(tmp_path: Path, set
 
 @contextmanager
 def training(settings: list[str]) -> Iterator[subprocess.Popen[str]]:
-    path = os.pathsep.join([str(SCRIPT.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *settings],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        [sys.executable, "-m", "dtvla.train", *settings],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -118,7 +120,7 @@ def wait_for_simulators(process: subprocess.Popen[str], count: int) -> None:
 
 def assert_whole(folder: Path) -> None:
     """The exported policy has all of the trained weights, and the best one those of another step."""
-    trained = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    trained = read_weights(folder / "checkpoints" / "last.ckpt")
     exported, best = (dict(Policy.load(folder / name).model.named_parameters()) for name in ("policy", "best"))
     assert all(torch.equal(weight, trained[f"model.{name}"]) for name, weight in exported.items())
     assert exported.keys() == best.keys()

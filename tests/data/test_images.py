@@ -89,3 +89,44 @@ def test_colour_agrees_with_torchvision() -> None:
         draw = np.random.default_rng([9]).random(7)[3 + list(strengths).index(kind)]
         expected = adjust(pixels[0, 0].double() / 255, 1 + (2 * draw - 1) * 0.5)
         assert (ours - expected).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5])
+def test_center_crop_is_bit_equal_from_camera_pictures_and_from_kept_pixels(share: float) -> None:
+    pictures = {name: random_pictures((5, 80, 80, 3), i) for i, name in enumerate(["agentview", "wrist"])}
+    plain = ImagePipeline(("agentview", "wrist"), 48)
+    cropping = ImagePipeline(("agentview", "wrist"), 48, center_crop=share)
+    kept = plain(pictures)
+    before = kept.clone()
+    cropped = cropping.center(kept)
+    assert torch.equal(kept, before)
+    assert torch.equal(cropped, cropping(pictures))
+    for i in range(5):
+        assert torch.equal(cropping({name: frames[i] for name, frames in pictures.items()}), cropped[i])
+    assert torch.equal(cropped[:, 1], kept[:, 1])
+    assert not torch.equal(cropped[:, 0], kept[:, 0])
+    assert torch.equal(plain.center(kept), kept)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.25])
+def test_center_crop_shows_the_middle_at_the_size_of_training(share: float) -> None:
+    size = 160
+    ramp = np.broadcast_to(np.arange(size, dtype=np.uint8)[None, :, None], (size, size, 3)).copy()
+    pixels = ImagePipeline(("a",), size, center_crop=share)({"a": ramp})[0, 0].double()
+    side = share**0.5
+    places = (np.arange(size) + 0.5 - size / 2) * side + size / 2 - 0.5
+    inside = (places > 0) & (places < size - 1)
+    assert np.abs(pixels[size // 2].numpy() - places)[inside].max() <= 0.51
+    still = Augmentation(crop_area=share, rotation=0.0, brightness=0.0, contrast=0.0, saturation=0.0)
+    row = still(torch.from_numpy(ramp).permute(2, 0, 1)[None, None], [(1,)])[0, 0, 0, size // 2].double()
+    slopes = [(line[-10] - line[10]) / (size - 20) for line in (pixels[size // 2], row)]
+    assert abs(slopes[0] - slopes[1]) < 0.02
+
+
+def test_center_crop_is_saved_absent_means_none_and_nonsense_is_refused() -> None:
+    pipeline = ImagePipeline(("a",), 48, center_crop=0.9)
+    assert ImagePipeline.from_dict(pipeline.to_dict()) == pipeline
+    assert ImagePipeline.from_dict({"cameras": ["a"], "image_size": 48}) == ImagePipeline(("a",), 48)
+    for share in (0.0, 1.2, -0.5):
+        with pytest.raises(UserError, match="center_crop"):
+            ImagePipeline(("a",), 48, center_crop=share)

@@ -91,3 +91,48 @@ def test_edited_statistics_missing_fields_and_bad_files_are_refused(statistics: 
         Statistics.from_dict(infinite)
     with pytest.raises(UserError, match="the mask 6"):
         ActionNormalizer(statistics, "quantile", [True] * 6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("q01", 1e3, r"action: q01 .* above q99 .* dimension 2"), ("max", -1e3, "min .* above max"), ("std", -1, "std")],
+)
+def test_impossible_statistics_name_file_and_dimension(
+    statistics: Statistics, tmp_path: Path, field: str, value: float, message: str
+) -> None:
+    values = statistics.to_dict()
+    values["action"][field][2] = value
+    path = tmp_path / "norm_stats.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=rf"norm_stats\.json: .*{message}"):
+        Statistics.load(path)
+
+
+@pytest.mark.parametrize("method", ["quantile", "min_max", "mean_std"])
+def test_statistics_of_other_data_are_refused_and_their_own_are_not(statistics: Statistics, method: str) -> None:
+    actions = random_frames(1, 7)
+    normalizer = ActionNormalizer(statistics, method, [True] * 6 + [False])  # type: ignore[arg-type]
+    assert normalizer.check_fit(actions, "here") == []
+    actions[:, 6] *= 100  # not normalised: may be anything
+    assert normalizer.check_fit(actions, "here") == []
+    elsewhere = actions.copy()
+    elsewhere[:, 3] *= 20
+    with pytest.raises(UserError, match=r"norm_stats\.json: \d\d% of action dimension 3 lies outside .* other data"):
+        normalizer.check_fit(elsewhere, "norm_stats.json")
+    with pytest.raises(UserError, match="5 action dimensions, the statistics have 7"):
+        normalizer.check_fit(actions[:, :5], "here")
+
+
+def test_a_dimension_that_rests_passes_with_a_remark() -> None:
+    actions = random_frames(1, 7, 1000)
+    actions[:, 2] = 0.7
+    actions[:, 4] = np.where(np.arange(1000) == 500, 1.0, 0.0)
+    read = Statistics.from_frames(random_frames(0, 8), actions).to_dict()
+    read["action"] = {name: [round(value, 7) for value in vector] for name, vector in read["action"].items()}
+    normalizer = ActionNormalizer(Statistics.from_dict(read))
+    remarks = normalizer.check_fit(actions, "data")
+    assert len(remarks) == 2
+    assert "dimension 2 stays at 0.7, and so will the policy's" in remarks[0]
+    assert "dimension 4 stays at" in remarks[1]
+    assert "0.10% of the frames" in remarks[1]
+    assert "min_max" in remarks[1]

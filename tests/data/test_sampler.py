@@ -3,7 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from dtvla.data.sampler import TrainSampler, ValidationSampler, batch_positions
+from dtvla.data.sampler import BLOCK, MixtureSampler, TrainSampler, ValidationSampler, batch_positions
+from dtvla.errors import UserError
 
 
 @pytest.mark.parametrize(("count", "size"), [(17, 5), (64, 16), (3, 8)])
@@ -33,3 +34,30 @@ def test_validation_shows_each_frame_once_in_a_fixed_order() -> None:
     assert len(first) == len(ValidationSampler(frames, 5, seed=1)) == 5
     assert sorted(np.concatenate([key.frames_B for key in first])) == list(frames)
     assert all(np.array_equal(a.frames_B, b.frames_B) for a, b in zip(first, second, strict=True))
+
+
+def test_a_last_validation_batch_with_fewer_samples_than_ranks_joins_the_one_before() -> None:
+    keys = list(ValidationSampler(np.arange(13), 4, seed=1, least=2))
+    assert [len(key.frames_B) for key in keys] == [4, 4, 5]
+    assert [len(key.frames_B) for key in ValidationSampler(np.arange(1), 4, seed=1, least=2)] == [1]
+
+
+def test_parts_of_a_mixture_have_their_shares_and_show_all_frames_before_one_again() -> None:
+    parts, weights, size = [np.arange(100), np.arange(100, 107)], [3, 1], 50
+    keys = list(itertools.islice(MixtureSampler(parts, weights, size, seed=2), 4 * BLOCK // size))
+    drawn = np.concatenate([key.frames_B for key in keys])
+    for block in drawn.reshape(4, BLOCK):
+        assert ((block >= 100).sum(), (block < 100).sum()) == (BLOCK // 4, 3 * BLOCK // 4)
+    for part in parts:
+        own = drawn[np.isin(drawn, part)]
+        for epoch in own[: len(own) // len(part) * len(part)].reshape(-1, len(part)):
+            assert sorted(epoch) == list(part)
+    assert not np.array_equal(drawn[:BLOCK], drawn[BLOCK : 2 * BLOCK])
+    later = next(iter(MixtureSampler(parts, weights, size, seed=2, start_step=33)))
+    assert np.array_equal(later.frames_B, keys[33].frames_B)
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, float("nan")], [1, 1e-5]])
+def test_impossible_weights_are_refused(weights: list[float]) -> None:
+    with pytest.raises(UserError, match="data.weights"):
+        MixtureSampler([np.arange(5), np.arange(5, 9)], weights, 4, seed=0)

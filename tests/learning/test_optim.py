@@ -1,11 +1,17 @@
-"""Protects the optimiser: the published schedule's exact values, and every parameter in exactly one right group."""
+"""Protects the optimiser: the published schedule's exact values, every parameter in one right group, 8-bit moments."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from dtvla.errors import UserError
 from dtvla.learning.optim import (
@@ -119,6 +125,11 @@ def test_gradient_norm_reports_the_norm_before_clipping() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"name": "sgd"},
+        {"betas": (0.9,)},
+        {"betas": (0.9, 1.0)},
+        {"eps": -1e-8},
+        {"weight_decay": -0.1},
         {"lr": {"language_model": 1e-3}},
         {"lr": dict.fromkeys(RATES, 0.0)},
         {"lr": {**RATES, "projector": -1.0}},
@@ -130,3 +141,96 @@ def test_gradient_norm_reports_the_norm_before_clipping() -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"algorithm\.optimizer\."):
         OptimizerSettings(**wrong)  # type: ignore[arg-type]
+
+
+class Wide(Parts):
+    """With a weight of 4096 elements, the least that bitsandbytes keeps in 8 bits, and smaller ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head = nn.Linear(64, 64, bias=False)
+        self.model.language_model = nn.Sequential(nn.Linear(64, 63))
+
+
+def train(model: Wide, optimizer: torch.optim.Optimizer, scheduler: object, steps: range) -> None:
+    """Minimise the distance of every weight to a fixed random target."""
+    for _ in steps:
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(1)
+        targets = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+        loss = sum(((p - t) ** 2).sum() for p, t in zip(model.parameters(), targets, strict=True))
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()  # type: ignore[attr-defined]
+
+
+def eight_bit(**changes: object) -> OptimizerSettings:
+    return OptimizerSettings(name="adamw_8bit", lr=RATES, warmup_steps=3, **changes)  # type: ignore[arg-type]
+
+
+def test_8_bit_moments_are_kept_for_large_weights_in_the_same_groups() -> None:
+    torch.manual_seed(0)
+    model = Wide()
+    optimizer, scheduler = build_optimizer(model, eight_bit(), 100)
+    usual, _ = build_optimizer(model, OptimizerSettings(lr=RATES, warmup_steps=3), 100)
+    for group, same in zip(optimizer.param_groups, usual.param_groups, strict=True):
+        assert all(group[key] == same[key] for key in ("name", "lr", "weight_decay", "betas", "eps"))
+        assert [id(p) for p in group["params"]] == [id(p) for p in same["params"]]
+    train(model, optimizer, scheduler, range(1))
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        expected = torch.uint8 if parameter.numel() >= 4096 else torch.float32
+        assert (state["state1"].dtype, state["state2"].dtype) == (expected, expected)
+
+
+def test_8_bit_training_stays_near_that_with_whole_moments() -> None:
+    ends = []
+    for name in ("adamw", "adamw_8bit"):
+        torch.manual_seed(0)
+        model = Wide()
+        start = model.lm_head.weight.detach().clone()
+        optimizer, scheduler = build_optimizer(model, OptimizerSettings(name=name, lr=RATES, warmup_steps=3), 100)
+        train(model, optimizer, scheduler, range(60))
+        ends.append(model.lm_head.weight.detach() - start)
+    assert ends[0].abs().mean() > 0.05
+    assert (ends[0] - ends[1]).norm() / ends[0].norm() < 0.06
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_a_saved_optimizer_continues_exactly(name: str, tmp_path: Path) -> None:
+    settings = OptimizerSettings(name=name, lr=RATES, warmup_steps=3, weight_decay=0.1)
+
+    def begin() -> tuple[Wide, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        torch.manual_seed(0)
+        model = Wide()
+        return model, *build_optimizer(model, settings, 20)
+
+    whole = begin()
+    train(*whole, range(8))
+    first = begin()
+    train(*first, range(5))
+    torch.save([part.state_dict() for part in first], tmp_path / "saved.pt")
+    second = begin()
+    parts: tuple[Any, ...] = second
+    for part, state in zip(parts, torch.load(tmp_path / "saved.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    train(*second, range(5, 8))
+    for ours, theirs in zip(second[0].parameters(), whole[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_8_bit_moments_of_sharded_weights_are_refused_by_name() -> None:
+    model = Wide()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    build_optimizer(model, OptimizerSettings(lr=RATES, warmup_steps=3), 10)
+    with pytest.raises(UserError, match=r"algorithm\.optimizer\.name.*trainer=fsdp"):
+        build_optimizer(model, eight_bit(), 10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,13 @@ from torch import Tensor
 from transformers.models.gemma import modeling_gemma
 
 from dtvla.data.collate import collate
+from dtvla.data.grouping import Cut
 from dtvla.data.normalization import Statistics
 from dtvla.errors import UserError
 from dtvla.learning.optim import PUBLISHED_LR, OptimizerSettings
-from dtvla.learning.sft import SFTModule, micro_batches
-from dtvla.policy.layout import Batch, Segment
+from dtvla.learning.sft import SFTModule
+from dtvla.policy import loss
+from dtvla.policy.layout import Batch
 from dtvla.policy.policy import Policy, build_policy
 
 TEXTS = ["pick up the soup", "open the drawer", "the gripper is above the soup and closes", "move left"]
@@ -64,36 +66,59 @@ def policy() -> Policy:
     return policy
 
 
+Parts = Callable[..., list[Batch]]
+
+
 @pytest.fixture(scope="module")
-def batch(policy: Policy) -> Batch:
+def parts(policy: Policy) -> Parts:
     """Samples with thoughts of very different lengths, so that means of micro-batches differ from the whole mean."""
-    rng = np.random.default_rng(1)
-    count = len(THOUGHTS)
-    pixels = torch.from_numpy(rng.integers(0, 256, (count, 2, 3, 32, 32), dtype=np.uint8))
-    actions = torch.from_numpy(rng.uniform(-1, 1, (count, 3, 7)).astype(np.float32))
-    return collate(policy.processor.layout, pixels, [TEXTS[0]] * count, THOUGHTS, actions)
+    rng, layout = np.random.default_rng(1), policy.processor.layout
+    pixels = torch.from_numpy(rng.integers(0, 256, (len(THOUGHTS), 2, 3, 32, 32), dtype=np.uint8))
+    actions = torch.from_numpy(rng.uniform(-1, 1, (len(THOUGHTS), 3, 7)).astype(np.float32))
+    lengths = np.array([len(layout.encode(TEXTS[0], text, None).input_ids_T) for text in THOUGHTS])
+
+    def make(**cut: int) -> list[Batch]:
+        return [
+            collate(
+                layout, pixels[i], [TEXTS[0]] * len(i), [THOUGHTS[k] for k in i], actions[i], cut.get("pack_tokens")
+            )
+            for i in Cut(**cut).passes(lengths)
+        ]
+
+    return make
 
 
-def gradients(policy: Policy, batch: Batch, size: int | None) -> dict[str, Tensor]:
-    module = SFTModule(policy, OptimizerSettings(), micro_batch_size=size)
+def gradients(policy: Policy, parts: list[Batch]) -> dict[str, Tensor]:
+    module = SFTModule(policy, OptimizerSettings())
     module.zero_grad()
-    for _ in module.accumulate(batch):
+    for _ in module.accumulate(parts):
         pass
     return {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 100])
-def test_gradient_does_not_depend_on_the_micro_batches(policy: Policy, batch: Batch, size: int) -> None:
-    whole, cut = gradients(policy, batch, None), gradients(policy, batch, size)
-    assert whole.keys() == cut.keys()
+@pytest.mark.parametrize("cut", [*({"micro_batch_size": n} for n in (1, 2, 3, 4, 6, 100)), {"pack_tokens": 200}])
+def test_gradient_does_not_depend_on_the_cut(policy: Policy, parts: Parts, cut: dict[str, int]) -> None:
+    whole, cut_up = gradients(policy, parts()), gradients(policy, parts(**cut))
+    assert len(parts(**cut)) > 1 or cut["micro_batch_size"] == 100
+    assert whole.keys() == cut_up.keys()
     for name, gradient in whole.items():
-        assert torch.allclose(gradient, cut[name], rtol=1e-9, atol=1e-12), name
+        assert torch.allclose(gradient, cut_up[name], rtol=1e-9, atol=1e-12), name
 
 
-def test_gradient_is_that_of_the_token_mean_over_the_batch(policy: Policy, batch: Batch) -> None:
+def test_gradient_does_not_depend_on_the_chunks_of_the_loss(
+    policy: Policy, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gradients(policy, parts())
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 7 * policy.model.lm_head.out_features)
+    for name, gradient in gradients(policy, parts()).items():
+        assert torch.allclose(gradient, whole[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_gradient_is_that_of_the_token_mean_over_the_batch(policy: Policy, parts: Parts) -> None:
     """Independent: one plain mean over the logits of the supervised positions."""
-    found = gradients(policy, batch, 2)
+    found = gradients(policy, parts(micro_batch_size=2))
     policy.model.zero_grad()
+    [batch] = parts()
     logits_MV = policy.model(batch)
     labels_M = batch.labels_BT[:, 1:][batch.labels_BT[:, 1:] != -100]
     picked_M = logits_MV.log_softmax(-1).gather(1, labels_M[:, None])[:, 0]
@@ -103,24 +128,18 @@ def test_gradient_is_that_of_the_token_mean_over_the_batch(policy: Policy, batch
             assert torch.allclose(parameter.grad, found[name], rtol=1e-8, atol=1e-12), name
 
 
-def test_micro_batches_hold_every_sample_once_without_superfluous_padding(batch: Batch) -> None:
-    parts = list(micro_batches(batch, 3))
-    assert [len(part) for part in parts] == [3, 3, 1]
-    for part in parts:
-        assert bool((part.segment_BT[:, -1] != Segment.PAD).any())
-    for field in fields(Batch):
-        whole = getattr(batch, field.name)
-        for index, part in enumerate(parts):
-            rows = getattr(part, field.name)
-            expected = whole[3 * index : 3 * index + len(part)]
-            assert torch.equal(rows, expected[:, : rows.shape[1]] if field.name.endswith("_BT") else expected)
+def test_a_chunked_loss_refuses_to_give_its_gradient_twice(policy: Policy, parts: Parts) -> None:
+    sums = loss.sft_loss(policy.model, parts()[0], policy.processor.layout.bins)
+    sums.cross_entropy.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        sums.cross_entropy.backward()
 
 
-def test_frozen_parts_get_no_gradient(policy: Policy, batch: Batch) -> None:
+def test_frozen_parts_get_no_gradient(policy: Policy, parts: Parts) -> None:
     module = SFTModule(policy, OptimizerSettings(lr={**PUBLISHED_LR, "vision_tower": 0.0}))
     try:
         policy.model.zero_grad()
-        for _ in module.accumulate(batch):
+        for _ in module.accumulate(parts()):
             pass
         for name, parameter in policy.model.named_parameters():
             assert parameter.requires_grad == ("vision_tower" not in name)
@@ -129,7 +148,7 @@ def test_frozen_parts_get_no_gradient(policy: Policy, batch: Batch) -> None:
         policy.model.requires_grad_(True)
 
 
-@pytest.mark.parametrize("wrong", [{"micro_batch_size": 0}, {"action_smoothing_bins": -1.0}])
+@pytest.mark.parametrize("wrong", [{"action_smoothing_bins": -1.0}])
 def test_impossible_settings_are_refused(policy: Policy, wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="algorithm"):
         SFTModule(policy, OptimizerSettings(), **wrong)  # type: ignore[arg-type]

@@ -53,14 +53,14 @@ def test_pads_visible_is_the_published_mask_also_for_the_rows_of_padding(seed: i
     rows = padded_rows(np.random.default_rng(seed))
     rule = Rule(pads_visible=True)
     assert np.array_equal(visible(torch.tensor(rows), rule=rule).numpy(), published(rows))
-    assert positions(torch.tensor(rows), rule).tolist() == [list(range(1, len(row) + 1)) for row in rows]
+    assert positions(torch.tensor(rows), rule=rule).tolist() == [list(range(1, len(row) + 1)) for row in rows]
 
 
 def test_unpadded_rows_do_not_know_whether_padding_is_visible() -> None:
     segment_BT = torch.tensor([random_row(np.random.default_rng(11), 0)])
     rule = Rule(pads_visible=True)
     assert torch.equal(visible(segment_BT, rule=rule), visible(segment_BT))
-    assert torch.equal(positions(segment_BT, rule), positions(segment_BT))
+    assert torch.equal(positions(segment_BT, rule=rule), positions(segment_BT))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -121,3 +121,15 @@ def test_positions_are_one_based_and_skip_padding() -> None:
     pad, prefix, think = Segment.PAD, Segment.PREFIX, Segment.THINK
     rows = torch.tensor([[prefix, prefix, pad, pad, think, pad, think]])
     assert positions(rows).tolist() == [[1, 2, 2, 2, 3, 3, 4]]
+
+
+def test_samples_of_a_packed_row_count_from_one() -> None:
+    rng = np.random.default_rng(8)
+    for _ in range(20):
+        lengths = rng.integers(1, 9, rng.integers(1, 5)).tolist()
+        pad = int(rng.integers(0, 4))
+        segment = [Segment.PREFIX] * sum(lengths) + [Segment.PAD] * pad
+        sample = [index for index, length in enumerate(lengths) for _ in range(length)] + [-1] * pad
+        found = positions(torch.tensor([segment]), torch.tensor([sample]))[0].tolist()
+        assert found[: sum(lengths)] == [place for length in lengths for place in range(1, length + 1)]
+        assert min(found) >= 1

@@ -144,7 +144,7 @@ def test_compat_pads_visible_reproduces_the_published_padded_batch(
 def check_step(policy: Policy, answers: dict[str, np.ndarray], key: int | str, batch: Batch) -> None:
     """Logits, loss and gradient of one training step."""
     outputs: list[torch.Tensor] = []
-    hook = policy.model.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    hook = policy.model.lm_head.register_forward_hook(lambda *call: outputs.append(call[-1]))
     loss = sft_loss(policy.model, batch, policy.processor.layout.bins).mean
     hook.remove()
     policy.model.zero_grad()

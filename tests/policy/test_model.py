@@ -185,7 +185,9 @@ def test_flex_attention_equals_sdpa(make_policy: Callable[..., Policy], changes:
             with torch.no_grad():
                 mask = model.mask(segment_BT, sample_BT)
                 assert isinstance(mask, BlockMask) == (attention == "flex")
-                found[attention] = model.transform(embeddings, mask, positions(segment_BT, model.rule))[real_BT]
+                found[attention] = model.transform(embeddings, mask, positions(segment_BT, sample_BT, model.rule))[
+                    real_BT
+                ]
                 if not packed:
                     assert torch.equal(model.encode(batch)[real_BT], found[attention])
         assert (found["flex"] - found["sdpa"]).abs().max() < 1e-9

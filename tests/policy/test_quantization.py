@@ -130,3 +130,20 @@ def test_what_cannot_be_is_refused(pair: tuple[Policy, HybridVLA, str], make_pol
         quantization.quantize(plain, "2bit")
     with pytest.raises(UserError, match="multiples of 64, not 24"):
         quantization.quantize(make_policy().model, "4bit")
+
+
+def test_4bit_layers_compute_in_the_type_of_autocast(make_policy: Callable[..., Policy]) -> None:
+    model = make_policy(text=TEXT).model.float()
+    quantization.quantize(model, "4bit")
+    layer: Any = model.model.language_model.layers[0].mlp.up_proj
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    before = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = layer(x)
+    expected = x.detach().bfloat16() @ rounded(layer).bfloat16().T
+    assert (before.dtype, inside.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.allclose(inside, expected, rtol=0.02, atol=0.01)
+    inside.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    assert torch.equal(layer(x), before)

@@ -72,6 +72,15 @@ def test_equals_plain_libero_bit_for_bit(full: LiberoEnv, plain: dict[str, np.nd
             np.testing.assert_array_equal(observation[key], plain[key][step], err_msg=f"{key} at step {step}")
 
 
+def test_a_recorded_state_stands_in_for_an_init_state(full: LiberoEnv) -> None:
+    full.reset(options={"init_state": INIT})
+    settled = full.physics()
+    full.reset(options={"state": full.init_states_NS[INIT]})
+    np.testing.assert_array_equal(full.physics(), settled)
+    with pytest.raises(ValueError, match="state"):
+        full.reset(options={"state": settled[:-1]})
+
+
 def test_states_are_equal_on_fresh_and_used_environments_and_for_every_render_quality(
     full: LiberoEnv, actions: np.ndarray, plain: dict[str, np.ndarray]
 ) -> None:
