@@ -38,6 +38,7 @@ __all__ = ["METHODS", "Case", "Settings", "measure", "memory", "predict"]
 
 INSTRUCTION = "put the black bowl in the bottom drawer of the cabinet and close it"  # libero_10 task 3
 FRAMES, STATE_DIM = 100, 8  # of random statistics
+MICRO_BATCHES = 2  # of a step: the second one meets whatever the first leaves behind
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc
 
 
@@ -51,17 +52,17 @@ class _Step:
     autocast: bool
 
     def prepare(self) -> None:
-        """Make the optimiser's states, as the first step does, and gradients, as a step's first micro-batch does."""
+        """Make the optimiser's states, as the first step does, and gradients, which later micro-batches add to."""
         for parameter in self.module.model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
 
     def run(self) -> None:
-        """The rest of a later step: what :meth:`SFTModule.training_step` calls, under Lightning's ``bf16-mixed``."""
+        """A later step: what :meth:`SFTModule.training_step` calls, under Lightning's ``bf16-mixed``."""
         device = self.batch.input_ids_BT.device.type
         with torch.autocast(device, torch.bfloat16) if self.autocast else nullcontext():
-            for _ in self.module.accumulate([self.batch]):
+            for _ in self.module.accumulate([self.batch] * MICRO_BATCHES):
                 pass
             gradient_norm(self.module.model, self.module.settings.clip)
             self.optimizer.step()
@@ -116,7 +117,7 @@ def predict(case: Case, gpus: int = 8) -> dict[str, Any]:
         "adapter": count(model, trainable=True) if adapters.has_adapter(model) else 0,
         "sequence": step.batch.input_ids_BT.shape[1],
         "peak_bytes": peak,
-        "sharded_bytes": None if case.quantized else _sharded(model, peak, gpus),
+        "sharded_bytes": _sharded(model, peak, gpus) if case.can_be_sharded else None,
     }
 
 

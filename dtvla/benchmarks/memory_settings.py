@@ -59,9 +59,9 @@ class Case:
         return METHODS[self.method][0]
 
     @property
-    def quantized(self) -> bool:
-        """Whether the weights are."""
-        return "quantize" in METHODS[self.method][1]
+    def can_be_sharded(self) -> bool:
+        """Whether FSDP takes it: bitsandbytes' numbers can't be shared out."""
+        return self.optimizer == "adamw" and "quantize" not in METHODS[self.method][1]
 
     def model_settings(self) -> dict[str, Any]:
         """The ``model`` group with the method's changes, and a vocabulary as large as real data's."""

@@ -118,6 +118,9 @@ class SFTModule(LightningModule):
             world = self.trainer.world_size  # strategies average gradients over ranks
         model: Any = self.model if self._trainer is None else self.trainer.strategy.model
         for index, part in enumerate(parts):
+            # Casts of an earlier part's forward would come last in this one's backward: until then, autograd would keep
+            # the gradients of all cast weights (4 GB for the published model).
+            torch.clear_autocast_cache()
             with gradient_exchange(model, last=index == len(parts) - 1):
                 sums = self._loss(part, self.action_smoothing_bins)
                 loss = sums.cross_entropy * world / tokens

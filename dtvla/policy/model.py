@@ -15,7 +15,6 @@ from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGe
 from dtvla.errors import UserError
 from dtvla.policy.action_bins import ActionBins
 from dtvla.policy.attention import Rule, block_mask, positions, unfused, visible
-from dtvla.policy.compiling import compile_layers
 from dtvla.policy.layout import IGNORE, Batch
 from dtvla.policy.vocabulary import Vocabulary
 
@@ -284,6 +283,8 @@ def configure(model: HybridVLA, settings: Mapping[str, Any]) -> None:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # a hook on the embeddings, of use to reentrant checkpointing only
     if settings.get("compile", False):
+        from dtvla.policy.compiling import compile_layers  # its imports take seconds
+
         compile_layers(model)
     model.train()  # loaded models are in evaluation mode, in which nothing is checkpointed
 
