@@ -162,7 +162,7 @@ def _yes(value: bool) -> str:
 
 def _training(document: Mapping[str, Any]) -> str:
     """Speed and activation memory of a training step, both ways."""
-    header = ["side", "ms", "quartiles", "forward", "backward", "update", "samples/s", "tokens/s", "TFLOP/s"]
+    header = ["side", "ms", "quartiles", "passes", "update", "samples/s", "tokens/s", "TFLOP/s"]
     header += ["share of peak", "activations GB"]
     rows = []
     for record in document["measurements"]:
@@ -170,14 +170,16 @@ def _training(document: Mapping[str, Any]) -> str:
         total = phases[TOTAL]
         rows.append(
             [record["side"], _ms(total["median_s"]), f"{_ms(total['q1_s'])} - {_ms(total['q3_s'])}"]
-            + [_ms(phases[phase]["median_s"]) for phase in ("forward", "backward", "update")]
+            + [_ms(phases[phase]["median_s"]) for phase in ("passes", "update")]
             + [f"{record['samples_per_s']:.4g}", f"{record['tokens_per_s']:.4g}", f"{record['flops_per_s'] / 1e12:.4g}"]
             + ["" if share is None else f"{share:.3f}", f"{record['activation_bytes'] / GB:.3g}"]
         )
     found = document["agreement"]
+    shapes = document["shapes"]
+    passes, longest = len(shapes["row_tokens"]["plain"]), max(shapes["row_tokens"]["plain"])
     what = (
-        f"{document['device']} {document['dtype']}, {document['threads']} threads; micro-batch of "
-        f"{document['measurements'][0]['micro_batch']} rows of {document['shapes']['row_tokens']} tokens"
+        f"{document['device']} {document['dtype']}, {document['threads']} threads; steps of {passes} passes of "
+        f"{shapes['micro_batch']} rows of up to {longest} tokens"
     )
     same = (
         f"loss {found['plain_loss']:.7g} (plain) and {found['our_loss']:.7g} (ours); gradients "

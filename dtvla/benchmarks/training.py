@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,11 +23,11 @@ from dtvla.benchmarks.peak import peak_bytes
 from dtvla.benchmarks.processes import in_child
 from dtvla.benchmarks.target import Target
 from dtvla.benchmarks.timing import TOTAL, Mark, interleave
+from dtvla.data.grouping import Cut
 from dtvla.data.normalization import Statistics
 from dtvla.errors import UserError
 from dtvla.learning.flops import peak_flops, training_flops, work_of
 from dtvla.policy import build
-from dtvla.policy.compiling import compile_layers
 from dtvla.policy.layout import Batch, Layout, stack
 from dtvla.policy.loss import sft_loss
 from dtvla.policy.model import HybridVLA, configure
@@ -53,12 +53,16 @@ class Settings:
     """See ``conf/benchmark.yaml``, which has the same names.
 
     Attributes:
-        model: the ``model`` group, fresh weights; its ``compile`` (true) and ``gradient_checkpointing`` are our side's.
+        model: the ``model`` group, fresh weights; its ``compile_budget`` and ``gradient_checkpointing`` are our side's.
         device: ``auto`` is the GPU when there is one.
-        dtype: of the weights and all that is computed; ``auto`` is float32 on the CPU, bfloat16 on a GPU.
+        dtype: of the arithmetic; weights, gradients and moments are float32, as in training (``bf16-mixed``). ``auto``
+            is float32 on the CPU, bfloat16 on a GPU.
         threads: of the CPU; None is torch's choice.
         seed: of weights, pictures, thoughts and actions.
-        micro_batch: samples of the step; None is :data:`MICRO_BATCH`.
+        compile: whether our side compiles its layers.
+        micro_batch: samples of a forward pass; None is :data:`MICRO_BATCH`.
+        passes: of a step. The plain way pads the samples of each pass as they come, as the published
+            trainer does; ours puts samples of like length together.
         thought_lengths: words of the shortest and of the longest thought; all between are as likely.
         repeats: steps of each side that count.
         warmup: steps before them; the first one compiles.
@@ -70,7 +74,9 @@ class Settings:
     dtype: str = "auto"
     threads: int | None = None
     seed: int = 0
+    compile: bool = True
     micro_batch: int | None = None
+    passes: int = 4
     thought_lengths: tuple[int, int] = (40, 90)
     repeats: int = 7
     warmup: int = 2
@@ -81,7 +87,7 @@ class Settings:
             raise UserError("training: measures fresh weights; leave checkpoint out and set model.checkpoint=null")
         if self.dtype not in ("auto", *DTYPES):
             raise UserError(f"dtype: {self.dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
-        least = {"micro_batch": 1, "threads": 1, "repeats": 1, "warmup": 1}
+        least = {"micro_batch": 1, "passes": 1, "threads": 1, "repeats": 1, "warmup": 1}
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < smallest):
@@ -111,48 +117,51 @@ class Subject:
         )
         rng = np.random.default_rng(settings.seed)
         frames = rng.normal(size=(FRAMES, STATE_DIM)), rng.uniform(-1, 1, size=(FRAMES, int(model["action_dim"])))
-        policy = build.fresh(model, [INSTRUCTION], Statistics.from_frames(*frames), self.device, self.dtype)
+        policy = build.fresh(model, [INSTRUCTION], Statistics.from_frames(*frames), self.device)
         self.layout = policy.processor.layout
-        self.batch = make_batch(self.layout, settings, tuple(policy.processor.images.cameras)).to(self.device)
+        passes = make_passes(self.layout, settings, tuple(policy.processor.images.cameras))
+        self.passes = {side: [part.to(self.device) for part in passes[side]] for side in sides}
+        self.tokens = sum(part.tokens for part in passes[OURS])
         self.model = policy.model
         self.flops = training_flops(self.model)
         self.models: dict[str, HybridVLA] = {side: _twin(policy.model) for side in sides}
         for side, twin in self.models.items():
-            configure(twin, model | {"compile": False} if side == OURS else {"decoder": twin.decoder})
-            if side == OURS and model.get("compile", True):
-                compile_layers(twin)
+            configure(twin, model | {"compile": settings.compile} if side == OURS else {"decoder": twin.decoder})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
-    def loss(self, side: str) -> Tensor:
-        """Mean cross entropy of the batch's supervised tokens."""
-        model = self.models[side]
-        return plain_loss(model, self.batch) if side == PLAIN else sft_loss(model, self.batch, self.layout.bins).mean
+    def losses(self, side: str) -> Iterator[Tensor]:
+        """What each pass adds to the mean cross entropy of all supervised tokens."""
+        model, mixed = self.models[side], self.dtype == torch.bfloat16
+        for part in self.passes[side]:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+                if side == PLAIN:
+                    loss = plain_loss(model, part) * part.tokens
+                else:
+                    loss = sft_loss(model, part, self.layout.bins).cross_entropy
+            yield loss / self.tokens
 
     def step(self, side: str, mark: Mark) -> None:
-        """One optimiser step; phases ``forward``, ``backward``, ``update``."""
-        self.optimizer.zero_grad()
-        loss = self.loss(side)
-        mark("forward")
-        loss.backward()
-        mark("backward")
+        """One optimiser step; phases ``passes``, ``update``."""
+        self.gradient(side)
+        mark("passes")
         self.optimizer.step()
         mark("update")
 
-    def gradient(self, side: str) -> tuple[float, list[Tensor]]:
-        """The loss and its gradient, all trained weights in order."""
+    def gradient(self, side: str) -> float:
+        """The loss, and its gradient in place of the one before."""
         self.optimizer.zero_grad()
-        loss = self.loss(side)
-        loss.backward()
-        found = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        self.optimizer.zero_grad()
-        return float(loss.detach()), found
+        total = torch.zeros((), device=self.device)
+        for loss in self.losses(side):
+            loss.backward()
+            total += loss.detach()
+        return float(total)
 
     def activations(self, side: str) -> int:
         """Bytes that forward and backward need at most beside weights, gradients and moments."""
         self.step(side, lambda phase: None)  # compiled, libraries loaded
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        return peak_bytes(lambda: self.loss(side).backward(), self.device)
+        return peak_bytes(lambda: next(self.losses(side)).backward(), self.device)  # the pass of the longest samples
 
 
 def training(settings: Settings) -> dict[str, Any]:
@@ -190,23 +199,36 @@ def plain_loss(model: HybridVLA, batch: Batch) -> Tensor:
     return loss
 
 
-def make_batch(layout: Layout, settings: Settings, cameras: tuple[str, ...]) -> Batch:
-    """Random pictures, thoughts of mixed lengths and actions; padded to the longest thought."""
+def make_passes(layout: Layout, settings: Settings, cameras: tuple[str, ...]) -> dict[str, list[Batch]]:
+    """Random pictures, thoughts of mixed lengths and actions, cut the plain way and ours; the longest come first."""
     generator = torch.Generator().manual_seed(settings.seed)
     rows = settings.micro_batch or MICRO_BATCH.get(place(settings.device, settings.dtype)[0].type, 1)
+    count = rows * settings.passes
     low, high = settings.thought_lengths
-    words, examples, actions = INSTRUCTION.split(), [], []
-    for length in torch.randint(low, high + 1, (rows,), generator=generator).tolist():
+    words, examples = INSTRUCTION.split(), []
+    actions_BSD = torch.rand(count, layout.chunk, layout.action_dim, generator=generator) * 2 - 1
+    for length, actions_SD in zip(
+        torch.randint(low, high + 1, (count,), generator=generator).tolist(), actions_BSD, strict=True
+    ):
         thought = " ".join(words[i] for i in torch.randint(len(words), (length,), generator=generator))
-        actions.append(torch.rand(layout.chunk, layout.action_dim, generator=generator) * 2 - 1)
-        examples.append(layout.encode(INSTRUCTION, thought, actions[-1]))
+        examples.append(layout.encode(INSTRUCTION, thought, actions_SD))
     side = int(settings.model["image_size"])
-    shape = (rows, len(cameras), 3, side, side)
-    return Batch(
-        pixels_BNCHW=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
-        actions_BSD=torch.stack(actions),
-        **stack(examples, layout.vocabulary.pad_id),
-    )
+    shape = (count, len(cameras), 3, side, side)
+    pixels_BNCHW = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    lengths_B = np.array([len(example.input_ids_T) for example in examples])
+    plain = sorted(np.arange(count).reshape(-1, rows), key=lambda part: -lengths_B[part].max())
+    cuts = {PLAIN: plain, OURS: Cut(micro_batch_size=rows).passes(lengths_B)}
+    return {
+        name: [
+            Batch(
+                pixels_BNCHW=pixels_BNCHW[part],
+                actions_BSD=actions_BSD[part],
+                **stack([examples[index] for index in part], layout.vocabulary.pad_id),
+            )
+            for part in parts
+        ]
+        for name, parts in cuts.items()
+    }
 
 
 def _twin(model: HybridVLA) -> HybridVLA:
@@ -221,12 +243,14 @@ def _activations(settings: Settings, side: str) -> int:
 
 def _agreement(subject: Subject) -> dict[str, float]:
     """Whether both sides learn the same: losses, and how far the gradients are apart, of the plain one's length."""
-    plain, plain_gradient = subject.gradient(PLAIN)
-    ours, gradient = subject.gradient(OURS)
-    pairs = list(zip(gradient, plain_gradient, strict=True))
-    length = torch.stack([b.double().square().sum() for _, b in pairs]).sum().sqrt()
-    apart = torch.stack([(a.double() - b.double()).square().sum() for a, b in pairs]).sum().sqrt()
-    return {"plain_loss": plain, "our_loss": ours, "gradients_apart": float(apart / length)}
+    plain = subject.gradient(PLAIN)
+    expected = [p.grad.detach().clone() for p in subject.model.parameters() if p.grad is not None]
+    ours = subject.gradient(OURS)
+    found = [p.grad for p in subject.model.parameters() if p.grad is not None]
+    length = torch.stack([b.double().square().sum() for b in expected]).sum().sqrt()
+    apart = torch.stack([(a.double() - b.double()).square().sum() for a, b in zip(found, expected, strict=True)])
+    subject.optimizer.zero_grad()
+    return {"plain_loss": plain, "our_loss": ours, "gradients_apart": float(apart.sum().sqrt() / length)}
 
 
 def _measure(subject: Subject) -> list[dict[str, Any]]:
@@ -243,13 +267,13 @@ def _measure(subject: Subject) -> list[dict[str, Any]]:
         sides, repeats=settings.repeats, warmup=settings.warmup, device=subject.device, on_round=on_round
     )
     print(file=sys.stderr)
-    samples, pictures, supervised, tokens, pairs = work_of([subject.batch]).to_tensor().tolist()
+    samples, pictures, supervised, tokens, pairs = work_of(subject.passes[OURS]).to_tensor().tolist()
     operations = subject.flops(pictures=pictures, tokens=tokens, pairs=pairs, supervised=supervised)
-    peak = peak_flops(subject.device, "bf16-true" if subject.dtype == torch.bfloat16 else "32-true")
+    peak = peak_flops(subject.device, "bf16-mixed" if subject.dtype == torch.bfloat16 else "32-true")
     records = []
     for side, phases in timings.items():
         seconds = phases[TOTAL].median
-        record: dict[str, Any] = {"side": side, "micro_batch": samples, "samples_per_s": samples / seconds}
+        record: dict[str, Any] = {"side": side, "samples": samples, "samples_per_s": samples / seconds}
         record |= {"tokens_per_s": tokens / seconds, "flops_per_s": operations / seconds}
         record["share_of_peak"] = None if peak is None else operations / seconds / peak
         records.append(record | {"phases": {phase: timing.to_dict() for phase, timing in phases.items()}})
@@ -270,7 +294,8 @@ def _shapes(subject: Subject) -> dict[str, Any]:
     return {
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "vocabulary": head.out_features,
-        "row_tokens": subject.batch.input_ids_BT.shape[1],
+        "micro_batch": len(subject.passes[OURS][0]),
+        "row_tokens": {side: [part.input_ids_BT.shape[1] for part in parts] for side, parts in subject.passes.items()},
         "image_tokens": subject.layout.image_tokens,
-        "supervised_tokens": subject.batch.tokens,
+        "supervised_tokens": subject.tokens,
     }

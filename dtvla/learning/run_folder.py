@@ -31,6 +31,7 @@ HARMLESS = (
     "algorithm.pack_tokens",
     "model.attention",
     "model.compile",
+    "model.compile_budget",
     "model.gradient_checkpointing",
 )
 PROCESSOR = "processor"

@@ -12,18 +12,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dtvla.errors import UserError
+
 aten = torch.ops.aten
+BUDGET = 0.7  # norms, activations and rotations are computed again, products and attention are not
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, budget: float = BUDGET) -> None:
     """Compile the layers of vision tower and language model, in place; names and weights stay.
 
     Compiling itself happens in the first steps. Checkpointing lies around the compiled code, and hooks (of sharding)
     around both, so they can be set up before or after this.
+
+    Args:
+        model: its layers.
+        budget: share of the values that torch would keep for the gradient, for the fastest backward pass; the others
+            are computed again, the cheapest first. It holds for all that this process compiles with gradients.
+
+    Raises:
+        UserError: the budget is no share.
     """
+    if not 0 < budget <= 1:
+        raise UserError(f"model.compile_budget: {budget} is no share; give a number above 0, up to 1")
+    functorch_config.activation_memory_budget = budget
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and not is_compiled(module):
             module.__class__ = _compiled_kind(type(module))  # type: ignore[assignment, arg-type]

@@ -283,9 +283,9 @@ def configure(model: HybridVLA, settings: Mapping[str, Any]) -> None:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # a hook on the embeddings, of use to reentrant checkpointing only
     if settings.get("compile", False):
-        from dtvla.policy.compiling import compile_layers  # its imports take seconds
+        from dtvla.policy.compiling import BUDGET, compile_layers  # its imports take seconds
 
-        compile_layers(model)
+        compile_layers(model, float(settings.get("compile_budget", BUDGET)))
     model.train()  # loaded models are in evaluation mode, in which nothing is checkpointed
 
 
