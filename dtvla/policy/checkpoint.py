@@ -82,7 +82,10 @@ def write_without_weights(policy: Policy, folder: Path) -> None:
         raise UserError("model.quantize: quantised weights are not saved; save the adapters trained on them")
     else:
         policy.model.config.save_pretrained(folder)
-        policy.processor.layout.tokenizer.save_pretrained(folder)
+        try:
+            policy.processor.layout.tokenizer.save_pretrained(folder)
+        except Exception as error:  # the tokenizers library raises bare Exceptions, of the disk too
+            raise OSError(f"{folder}: the tokenizer can't be written ({error})") from error
     # What an adapter's base may not say, or not have.
     own = {"decoder": policy.model.decoder, "quantize": quantization.bits_of(policy.model)}
     description = describe(policy.processor) | own
