@@ -7,13 +7,10 @@ the allocator's rounding and fragments, and the driver's own half a gigabyte on 
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dtvla.benchmarks.live_bytes import GRADIENTS, KINDS, REST, STATES, WEIGHTS, LiveBytes, give_fake_weights
 from dtvla.benchmarks.memory_settings import METHODS, Case, Settings
+from dtvla.benchmarks.peak import Meter
 from dtvla.benchmarks.processes import in_child
 from dtvla.data.normalization import Statistics
 from dtvla.learning.optim import OptimizerSettings, build_optimizer, gradient_norm
@@ -39,7 +37,6 @@ __all__ = ["METHODS", "Case", "Settings", "measure", "memory", "predict"]
 INSTRUCTION = "put the black bowl in the bottom drawer of the cabinet and close it"  # libero_10 task 3
 FRAMES, STATE_DIM = 100, 8  # of random statistics
 MICRO_BATCHES = 2  # of a step: the second one meets whatever the first leaves behind
-MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc
 
 
 @dataclass
@@ -129,43 +126,13 @@ def measure(case: Case, device: torch.device) -> int:
     """
     settings = case.model_settings()
     if device.type == "cpu":
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**16)  # freed tensors go back to the system
         _step(case, _policy(settings, "cpu"), settings).run()  # libraries load what they need to
-    gc.collect()
-    meter = _GpuMeter(device) if device.type == "cuda" else _ProcessMeter()
+    meter = Meter(device)
     step = _step(case, _policy(settings, str(device)), settings)
     step.prepare()
     meter.restart()
     step.run()
     return meter.peak()
-
-
-class _GpuMeter:
-    def __init__(self, device: torch.device) -> None:
-        torch.cuda.empty_cache()
-        self.device, self.before = device, torch.cuda.memory_allocated(device)
-
-    def restart(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) - self.before
-
-
-class _ProcessMeter:
-    def __init__(self) -> None:
-        self.restart()
-        self.before = self._read()
-
-    def restart(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the highest resident size so far := the present one
-
-    def peak(self) -> int:
-        return self._read() - self.before
-
-    def _read(self) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
 
 
 def _measured(case: Case, device: torch.device, predicted: int) -> int | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from dtvla.benchmarks.peak import peak_bytes
+from dtvla.benchmarks.peak import Meter
 from dtvla.benchmarks.processes import in_child
 from dtvla.benchmarks.target import Target
 from dtvla.benchmarks.timing import TOTAL, Mark, interleave
@@ -161,7 +161,9 @@ class Subject:
         self.step(side, lambda phase: None)  # compiled, libraries loaded
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        return peak_bytes(lambda: next(self.losses(side)).backward(), self.device)  # the pass of the longest samples
+        meter = Meter(self.device)
+        next(self.losses(side)).backward()  # the pass of the longest samples
+        return meter.peak()
 
 
 def training(settings: Settings) -> dict[str, Any]:
