@@ -11,9 +11,10 @@ TASK     ?= 1
 EPISODES ?= 100
 OUT      ?= outputs/quickstart$(if $(filter-out libero_goal-1,$(SUITE)-$(TASK)),-$(SUITE)-$(TASK))
 
-# make test: what pytest gets, e.g. make test TESTS=tests/policy PYTEST="-x -k attention"
+# make test: what pytest gets, e.g. make test TESTS=tests/policy PYTEST="-x -k attention"; JOBS test files at a time
 TESTS  ?= tests
 PYTEST ?=
+JOBS   ?= 2
 
 .PHONY: help setup doctor quickstart test test-fast lint format lock notebook clean
 
@@ -31,7 +32,7 @@ quickstart: ## demonstrations, training, evaluation and a report for one task (S
 	  --began $$began --suite $(SUITE) --task $(TASK) --episodes $(EPISODES) --out $(OUT)
 
 test: setup lint ## everything: ruff, mypy, and all tests on the real simulator (TESTS, PYTEST)
-	@$(PY) -m pytest $(TESTS) $(PYTEST)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(TESTS) $(PYTEST)
 
 test-fast: setup ## the tests that need neither the simulator nor more than seconds
 	@$(PY) -m pytest $(TESTS) -m "not slow and not sim" $(PYTEST)

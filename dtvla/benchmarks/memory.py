@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dtvla.benchmarks.live_bytes import GRADIENTS, KINDS, REST, STATES, WEIGHTS, LiveBytes, give_fake_weights
 from dtvla.benchmarks.memory_settings import METHODS, Case, Settings
-from dtvla.benchmarks.peak import Meter
+from dtvla.benchmarks.peak import Meter, give_back_freed
 from dtvla.benchmarks.processes import in_child
 from dtvla.data.normalization import Statistics
 from dtvla.learning.optim import OptimizerSettings, build_optimizer, gradient_norm
@@ -126,6 +126,7 @@ def measure(case: Case, device: torch.device) -> int:
     """
     settings = case.model_settings()
     if device.type == "cpu":
+        give_back_freed()
         _step(case, _policy(settings, "cpu"), settings).run()  # libraries load what they need to
     meter = Meter(device)
     step = _step(case, _policy(settings, str(device)), settings)

@@ -11,8 +11,16 @@ import torch
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc
 
 
+def give_back_freed() -> None:
+    """Let this process return the memory of tensors to the system as soon as they are freed (glibc)."""
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**16)
+
+
 class Meter:
-    """Reads torch's allocator on a GPU, the process on a CPU (Linux), which should be a fresh one."""
+    """Reads torch's allocator on a GPU, the process on a CPU (Linux).
+
+    There it should be a fresh process that began with :func:`give_back_freed`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         """Count from what is there now."""
@@ -21,9 +29,7 @@ class Meter:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         else:
-            libc = ctypes.CDLL(None)
-            libc.mallopt(MMAP_THRESHOLD, 2**16)  # freed tensors go back to the system
-            libc.malloc_trim(0)
+            ctypes.CDLL(None).malloc_trim(0)
         self.restart()
         self._before = self._highest()
 

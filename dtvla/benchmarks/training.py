@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from dtvla.benchmarks.peak import Meter
+from dtvla.benchmarks.peak import Meter, give_back_freed
 from dtvla.benchmarks.processes import in_child
 from dtvla.benchmarks.target import Target
 from dtvla.benchmarks.timing import TOTAL, Mark, interleave
@@ -240,6 +240,7 @@ def _twin(model: HybridVLA) -> HybridVLA:
 
 
 def _activations(settings: Settings, side: str) -> int:
+    give_back_freed()
     return Subject(settings, (side,)).activations(side)
 
 

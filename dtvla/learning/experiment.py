@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,6 @@ def train(cfg: DictConfig) -> float | None:
 def _fit(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> dict[str, float]:
     started = time.monotonic()
     from lightning.pytorch import seed_everything
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from dtvla.callbacks.checkpoint import read_step
     from dtvla.policy.gathering import gathered
@@ -70,8 +70,22 @@ def _fit(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> dict[st
         _say(f"continuing after step {cfg.run.start_step}: {checkpoint}")
     module = _module(cfg, data, cfg.run.start_step)
     trainer = _trainer(cfg)
-    if trainer.is_global_zero:
-        _record(cfg, folder, module)
+    with folder.held() if trainer.is_global_zero else nullcontext():
+        if trainer.is_global_zero:
+            _record(cfg, folder, module)
+        _run(trainer, module, data, checkpoint)
+        metrics = _final_metrics(trainer, module, data)
+        with gathered(module.policy) as policy:
+            if trainer.is_global_zero and not folder.policy.exists():
+                policy.save(folder.policy)
+        if trainer.is_global_zero:
+            folder.finish(_result(cfg, module, trainer.global_step, metrics, time.monotonic() - started))
+    return metrics
+
+
+def _run(trainer: Trainer, module: SFTModule, data: DemonstrationDataModule, checkpoint: Path | None) -> None:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:
@@ -80,13 +94,6 @@ def _fit(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> dict[st
     except SystemExit:  # Lightning's answer to Ctrl-C
         _say("interrupted; continue from the last checkpoint with the same command and resume=true")
         raise SystemExit(SIGINT_EXIT_CODE) from None
-    metrics = _final_metrics(trainer, module, data)
-    with gathered(module.policy) as policy:
-        if trainer.is_global_zero and not folder.policy.exists():
-            policy.save(folder.policy)
-    if trainer.is_global_zero:
-        folder.finish(_result(cfg, module, trainer.global_step, metrics, time.monotonic() - started))
-    return metrics
 
 
 def _record(cfg: DictConfig, folder: RunFolder, module: SFTModule) -> None:

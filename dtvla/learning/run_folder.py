@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dtvla.errors import UserError
 
@@ -35,6 +38,7 @@ HARMLESS = (
     "model.gradient_checkpointing",
 )
 PROCESSOR = "processor"
+PATIENCE_S = 15  # loader processes of a training that was killed hold its lock for some seconds
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,22 @@ class RunFolder:
             raise UserError(f"resume: {self.checkpoint} leads to {target}, which is not there; copy the folder whole")
         return self.checkpoint if self.checkpoint.exists() else None
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training here; wait a little for one that has just ended.
+
+        Raises:
+            UserError: another process goes on training here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("w") as lock:
+            deadline = time.monotonic() + PATIENCE_S
+            while not _locked(lock):
+                if time.monotonic() > deadline:
+                    raise UserError(f"name: another process is training in {self.path}; wait for it to end")
+                time.sleep(0.1)
+            yield
+
     def record(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml, which a resume compares its settings with."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -128,6 +148,15 @@ class RunFolder:
         if keys:
             changes = ", ".join(f"{key} ({before.get(key)} before, {now.get(key)} now)" for key in keys)
             raise UserError(f"resume: {self.path} began with {changes}; restore these settings or use another name=...")
+
+
+def _locked(file: IO[str]) -> bool:
+    """Take the lock, which the system frees however the process ends; False when another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_decisive(key: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dtvla.errors import UserError
+from dtvla.learning import run_folder
 from dtvla.learning.run_folder import RunFolder
 
 CONFIG: dict[str, Any] = {
@@ -104,3 +105,12 @@ def test_a_finished_run_has_a_result(tmp_path: Path) -> None:
     assert folder.result() is None
     folder.finish({"steps": 10, "metrics": {"val/loss": 0.5}})
     assert folder.result() == {"steps": 10, "metrics": {"val/loss": 0.5}}
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "PATIENCE_S", 0.3)
+    folder = RunFolder(tmp_path / "run")
+    with folder.held(), pytest.raises(UserError, match="another process is training in"), folder.held():
+        pass
+    with folder.held():
+        pass

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import csv
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from ranks import ON_CPU, interrupted, run, train_on
@@ -142,7 +142,7 @@ def test_torchrun_is_killed_and_ends_in_the_same_weights(settings: list[str], ru
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dtvla.train"]
     own = [*settings, *FSDP, "name=killed", "callbacks.checkpoint.every_n_steps=1"]
     folder, environment = runs / "killed", {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *own], env=environment, start_new_session=True)
+    process = subprocess.Popen([*command, *own], env=environment)
     try:
         deadline = time.monotonic() + 300
         while not (folder / "checkpoints" / "last.ckpt").exists():
@@ -150,7 +150,10 @@ def test_torchrun_is_killed_and_ends_in_the_same_weights(settings: list[str], ru
             assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        ranks = psutil.Process(process.pid).children(recursive=True)  # in sessions of their own
+        for running in (psutil.Process(process.pid), *ranks):
+            running.kill()
+        psutil.wait_procs(ranks)
         process.wait()
     assert not (folder / "policy").exists()
     assert 0 < read_step(folder / "checkpoints" / "last.ckpt") < STEPS

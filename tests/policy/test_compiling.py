@@ -23,7 +23,7 @@ def _in_this_process() -> Iterator[None]:
 
 
 def subject(rows: int, lengths: tuple[int, int]) -> Subject:
-    chosen = Settings(model=MODEL, device="cpu", micro_batch=rows, thought_lengths=lengths)
+    chosen = Settings(model=MODEL, device="cpu", micro_batch=rows, passes=1, thought_lengths=lengths)
     return Subject(chosen, ("ours",))
 
 
@@ -42,8 +42,8 @@ def test_compiled_layers_have_the_plain_gradient_for_every_length() -> None:
         if rows == 3:
             compiled.gradient_checkpointing_enable({"use_reentrant": False})
         compile_layers(compiled)
-        ours = gradients(compiled, sft_loss(compiled, given.batch, given.layout.bins).mean)
-        theirs = gradients(plain, plain_loss(plain, given.batch))
+        ours = gradients(compiled, sft_loss(compiled, given.passes["ours"][0], given.layout.bins).mean)
+        theirs = gradients(plain, plain_loss(plain, given.passes["ours"][0]))
         scale = max(float(gradient.abs().max()) for gradient in theirs.values())
         for name, gradient in theirs.items():
             torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * scale, msg=name)
@@ -55,7 +55,7 @@ def test_names_and_copies_stay_and_nothing_is_compiled_without_gradients() -> No
     model = given.models["ours"]
     names = list(model.state_dict())
     with torch.no_grad():
-        before = model(given.batch)
+        before = model(given.passes["ours"][0])
     compile_layers(model)
     compile_layers(model)
     layers = [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]
@@ -64,8 +64,8 @@ def test_names_and_copies_stay_and_nothing_is_compiled_without_gradients() -> No
     assert list(model.state_dict()) == names
     twin = copy.deepcopy(model)
     with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
-        torch.testing.assert_close(model(given.batch), before, rtol=0, atol=0)
+        torch.testing.assert_close(model(given.passes["ours"][0]), before, rtol=0, atol=0)
         for weight in twin.parameters():
             weight.zero_()
-        assert not twin(given.batch).any()
-        torch.testing.assert_close(model(given.batch), before, rtol=0, atol=0)
+        assert not twin(given.passes["ours"][0]).any()
+        torch.testing.assert_close(model(given.passes["ours"][0]), before, rtol=0, atol=0)
