@@ -55,9 +55,10 @@ def settings(root: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(settings: list[str], root: Path) -> Path:
-    """Folder of the runs: ``single``, ``fsdp`` and ``ddp``, then continued from the middle in other ways."""
+    """Folder of the runs: ``single``, ``packed``, ``fsdp``, ``ddp``, and some that continue from the middle."""
     folder = root / "runs"
     run(*settings, "name=single")
+    run(*settings, "algorithm.micro_batch_size=null", "algorithm.pack_tokens=300", "name=packed")
     train_on(2, [*settings, *FSDP, "name=fsdp"], [*settings, *DDP, "name=ddp"])
     for name in ("fsdp-2-ranks", "fsdp-1-rank", "fsdp-single"):
         interrupted(folder / "fsdp", MIDDLE, name)
@@ -84,7 +85,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", ["fsdp", "ddp", "fsdp-1-rank", "fsdp-single", "single-fsdp"])
+@pytest.mark.parametrize("name", ["packed", "fsdp", "ddp", "fsdp-1-rank", "fsdp-single", "single-fsdp"])
 def test_losses_gradients_and_weights_are_those_of_one_process(runs: Path, name: str) -> None:
     assert 0 < distance(runs / name, runs / "single") < ROUNDING
     found, expected = rows(runs / name), rows(runs / "single")
