@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtvla.data.staging import EpisodeSource, dropped_path, episode_path, read_source
 from dtvla.errors import UserError
+from dtvla.locks import try_lock
 
 if TYPE_CHECKING:
     from dtvla.data.takes import Clock, Take
@@ -118,10 +118,8 @@ class Workspace:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it however the process ends
-            except BlockingIOError:
-                raise UserError(f"root: another process is collecting into {self.folder}; wait for it to end") from None
+            if not try_lock(lock):
+                raise UserError(f"root: another process is collecting into {self.folder}; wait for it to end")
             path = self.folder / "request.json"
             if path.exists():
                 self._require_equal(json.loads(path.read_text()), f"root: {self.folder} was begun")

@@ -184,7 +184,7 @@ class DemonstrationDataModule(LightningDataModule):
         *,
         micro_batch_size: int | None = None,
         pack_tokens: int | None = None,
-    ) -> None:
+    ) -> list[str]:
         """Set what training needs to know of the policy.
 
         Args:
@@ -192,6 +192,9 @@ class DemonstrationDataModule(LightningDataModule):
             start_step: number of the first training batch to make.
             micro_batch_size: samples of a forward pass; None for a rank's whole share of a batch.
             pack_tokens: length of packed rows, in place of ``micro_batch_size``.
+
+        Returns:
+            Remarks for the user on the data.
 
         Raises:
             UserError: an impossible size, a text longer than the policy admits, or actions unlike its statistics.
@@ -204,10 +207,11 @@ class DemonstrationDataModule(LightningDataModule):
             raise UserError(f"algorithm.pack_tokens: {pack_tokens}, but the longest sample has {longest}; raise it")
         own = processor.normalizer.statistics.digest() == self.demonstrations.statistics.digest()
         source = str(self.demonstrations.statistics_file or self.demonstrations.root) if own else "model.checkpoint"
-        for remark in processor.normalizer.check_fit(self.demonstrations.action_FD, source):
-            print(remark)
+        remarks = processor.normalizer.check_fit(self.demonstrations.action_FD, source)
         if self._lengths.truncated:
-            print(f"thoughts cut to {processor.layout.max_thought_tokens} tokens: {self._lengths.truncated} frames")
+            limit, frames = processor.layout.max_thought_tokens, self._lengths.truncated
+            remarks.append(f"thoughts cut to {limit} tokens: {frames} frames")
+        return remarks
 
     def prepare_data(self) -> None:
         """Decode the pictures that the processor needs, unless the cache has them; without one, look at the files."""

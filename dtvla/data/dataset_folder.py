@@ -110,7 +110,8 @@ class DatasetFolder:
         if thoughts and COLUMN not in features:
             raise UserError(
                 f"{self.root}: no column {COLUMN!r}, but the model thinks; "
-                "use a dataset with thoughts (`python -m dtvla.collect` records them) or train with cot=none"
+                "use a dataset with thoughts (`python -m dtvla.collect` records them) or "
+                "train with data.thoughts=false, cot=none"
             )
 
     def _tables(self, reasoning: ThoughtColumn | None) -> list[pa.Table]:

@@ -58,7 +58,8 @@ class ThoughtColumn:
         place_R = np.array([places.setdefault(_inner(str(text)), len(places)) for text in texts], dtype=np.int64)
         if not any(places):
             raise UserError(
-                f"{self._source}: column {COLUMN!r} holds no thought; use a dataset with thoughts or cot=none"
+                f"{self._source}: column {COLUMN!r} holds no thought; use another dataset, or "
+                "data.thoughts=false, cot=none"
             )
         return list(places), place_R[np.concatenate(self._indices)]
 

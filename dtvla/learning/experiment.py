@@ -149,7 +149,8 @@ def _module(cfg: DictConfig, data: DemonstrationDataModule, start_step: int) -> 
     _say(f"data: {demonstrations.root}, {demonstrations.episodes} episodes, {len(demonstrations)} frames")
     policy = build_policy(_plain(cfg.model), demonstrations.texts(), demonstrations.statistics)
     compat.apply(policy, compat.Compat.from_config(_plain(cfg.compat)))
-    data.attach(policy.processor, start_step, **_passes(cfg))
+    for remark in data.attach(policy.processor, start_step, **_passes(cfg)):
+        _say(remark)
     module = SFTModule(
         policy,
         _optimizer(cfg),

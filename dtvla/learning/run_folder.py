@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -10,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dtvla.errors import UserError
+from dtvla.locks import try_lock
 
 # Settings that decide the final weights. The others may change on resume (workers, logging, checkpoints, callbacks).
 DECISIVE = (
@@ -115,7 +115,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("w") as lock:
             deadline = time.monotonic() + PATIENCE_S
-            while not _locked(lock):
+            while not try_lock(lock):
                 if time.monotonic() > deadline:
                     raise UserError(f"name: another process is training in {self.path}; wait for it to end")
                 time.sleep(0.1)
@@ -148,15 +148,6 @@ class RunFolder:
         if keys:
             changes = ", ".join(f"{key} ({before.get(key)} before, {now.get(key)} now)" for key in keys)
             raise UserError(f"resume: {self.path} began with {changes}; restore these settings or use another name=...")
-
-
-def _locked(file: IO[str]) -> bool:
-    """Take the lock, which the system frees however the process ends; False when another process has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is_decisive(key: str) -> bool:

@@ -56,7 +56,6 @@ def _whole(module: nn.Module, known: dict[int, nn.Parameter]) -> nn.Module:
     double = cast(nn.Module, kind.__new__(kind))
     # Methods that were wrapped for sharding are bound to the sharded module: the class has the original ones.
     own = {name: value for name, value in vars(module).items() if getattr(value, "__self__", None) is not module}
-    own.pop("_compiled_call_impl", None)  # so does a forward that was compiled in place
     hooks = {name: _others(value) for name, value in own.items() if name.endswith("_hooks") and value}
     double.__dict__.update(own | hooks)
     double.__dict__["_parameters"] = {name: _gather(w, known) for name, w in module._parameters.items()}

@@ -10,7 +10,6 @@ in the order of the specifications. A step of this may be interrupted anywhere: 
 once, and ``results.json`` is written after everything that it stands for.
 """
 
-import fcntl
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dtvla.errors import UserError
+from dtvla.locks import try_lock
 from dtvla.rollout.results import (
     EPISODES_FILE,
     EpisodeResult,
@@ -134,15 +134,15 @@ class Journal:
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
-        except BlockingIOError:
-            self.file.close()
-            raise UserError(
-                f"output: another evaluation is writing {self.path} now; wait for it, or choose another output=FOLDER"
-            ) from None
+            alone = try_lock(self.file)
         except OSError as error:  # a file system without locks
             self.file.close()
             raise self._unwritable(error) from error
+        if not alone:
+            self.file.close()
+            raise UserError(
+                f"output: another evaluation is writing {self.path} now; wait for it, or choose another output=FOLDER"
+            )
         self.file.seek(0)
         content = self.file.read()
         self.file.truncate(content.rfind(b"\n") + 1)  # a line that a kill cut short
