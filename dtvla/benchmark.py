@@ -4,6 +4,7 @@
     python -m dtvla.benchmark throughput model=small batch_sizes=[1,4,16]
     python -m dtvla.benchmark rollout env=libero_object
     python -m dtvla.benchmark parity env=libero_object
+    python -m dtvla.benchmark grpo model=nano env=libero_object
 
 Settings are in ``conf/benchmark.yaml``; ``docs/benchmark.md`` says what is measured and how to read it.
 """

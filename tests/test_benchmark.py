@@ -278,6 +278,6 @@ def test_the_first_word_names_the_study(word: list[str], found: str) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        f"error: benchmark: {found}; begin with one of latency, throughput, rollout, parity, memory, training, "
+        f"error: benchmark: {found}; begin with one of latency, throughput, rollout, parity, memory, training, grpo, "
         "e.g. dtvla benchmark latency model=small"
     ]

@@ -9,6 +9,7 @@ STUDIES = {
     "parity": "dtvla.benchmarks.parity",
     "memory": "dtvla.benchmarks.memory",
     "training": "dtvla.benchmarks.training",
+    "grpo": "dtvla.benchmarks.grpo",
 }
 """Name of a study -> module with a function of that name and its ``Settings``."""
 

@@ -59,8 +59,8 @@ class _Step:
         """A later step: what :meth:`SFTModule.training_step` calls, under Lightning's ``bf16-mixed``."""
         device = self.batch.input_ids_BT.device.type
         with torch.autocast(device, torch.bfloat16) if self.autocast else nullcontext():
-            for _ in self.module.accumulate([self.batch] * MICRO_BATCHES):
-                pass
+            batches = [self.batch] * MICRO_BATCHES
+            self.module.accumulate(batches, self.module.loss_of(batches))
             gradient_norm(self.module.model, self.module.settings.clip)
             self.optimizer.step()
 

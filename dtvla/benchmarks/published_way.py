@@ -50,51 +50,81 @@ class PublishedWay:
         self.shell.eval()
         self.shell.generation_config = GenerationConfig()  # no eos: the stop pair alone ends a thought
 
-    def think(self, pixels_BNCHW: Tensor, prompts: Sequence[Sequence[int]], tokens: int, mark: Mark) -> list[list[int]]:
+    def think(
+        self,
+        pixels_BNCHW: Tensor,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        mark: Mark,
+        temperature: float = 0.0,
+    ) -> list[list[int]]:
         """Write a thought of at most ``tokens`` ids per row, ``</think><action>`` included.
 
         Args:
             pixels_BNCHW: uint8 pictures.
-            prompts: ids of each row's prefix, all of one length.
+            prompts: ids of each row's prefix; shorter ones are padded on the left.
             tokens: the last two are forced to close the thought.
             mark: told ``read`` when the prompts are encoded and ``thought`` at the end.
+            temperature: 0 takes the most likely tokens, else torch's generator draws.
         """
         words = self.layout.vocabulary
-        processor = _Thought(words, len(prompts[0]), tokens, mark, pixels_BNCHW.device)
+        processor = _Thought(words, max(map(len, prompts)), tokens, mark, pixels_BNCHW.device)
         stop = StoppingCriteriaList([_StopPair(words)])
-        new_BT = self._generate(pixels_BNCHW, prompts, 0, tokens, processor, stop)
+        new_BT = self._generate(pixels_BNCHW, prompts, 0, tokens, processor, stop, temperature)
         mark("thought")
         return [_until_pair(row, words) for row in new_BT.tolist()]
 
     def act(
-        self, pixels_BNCHW: Tensor, prompts: Sequence[Sequence[int]], thoughts: Sequence[Sequence[int]], mark: Mark
+        self,
+        pixels_BNCHW: Tensor,
+        prompts: Sequence[Sequence[int]],
+        thoughts: Sequence[Sequence[int]],
+        mark: Mark,
+        temperature: float = 0.0,
     ) -> Tensor:
-        """Most likely bins (B, S * D) from one forward over everything; told ``act`` at the end.
+        """Bins (B, S * D) from one forward over everything; told ``act`` at the end.
 
         Args:
             pixels_BNCHW: uint8 pictures.
             prompts: ids of each row's prefix.
             thoughts: ids behind it, up to and including ``<action>``.
             mark: told ``act`` at the end.
+            temperature: 0 takes the most likely bins, else torch's generator draws.
         """
         layout, device = self.layout, pixels_BNCHW.device
         pairs = list(zip(prompts, thoughts, strict=True))
-        examples = [_sequence(layout, prompt, thought) for prompt, thought in pairs]
+        examples = [sequence(layout, prompt, thought) for prompt, thought in pairs]
         batch = {name: t.to(device) for name, t in stack(examples, layout.vocabulary.pad_id).items()}
-        embeddings_BTD = self.model.embed(pixels_BNCHW, batch["input_ids_BT"], batch["slot_BT"])
-        output = self.shell.model.language_model(
-            inputs_embeds=embeddings_BTD,
-            attention_mask=visible(batch["segment_BT"])[:, None],
-            position_ids=positions(batch["segment_BT"]),
-            use_cache=False,
-        )
-        logits_BTV = self.shell.lm_head(output.last_hidden_state)
+        images_BID = self.model.embed_images(pixels_BNCHW)
+        logits_BTV = self.logits(images_BID, batch["input_ids_BT"], batch["segment_BT"], batch["slot_BT"])
         first_B1 = torch.tensor([[len(prompt) + len(thought) - 1] for prompt, thought in pairs], device=device)
         index_BA = first_B1 + torch.arange(layout.slots, device=device)
         rows_B1 = torch.arange(len(pairs), device=device)[:, None]
-        bins_BA = layout.bins.most_likely(layout.bins.band(logits_BTV)[rows_B1, index_BA]).cpu()
+        logits_BAK = layout.bins.band(logits_BTV)[rows_B1, index_BA]
+        if temperature > 0:
+            probabilities_BAK = (logits_BAK / temperature).softmax(-1)
+            bins_BA = torch.multinomial(probabilities_BAK.flatten(0, 1), 1).view(index_BA.shape).cpu()
+        else:
+            bins_BA = layout.bins.most_likely(logits_BAK).cpu()
         mark("act")
         return bins_BA
+
+    def logits(self, images_BID: Tensor, input_ids_BT: Tensor, segment_BT: Tensor, slot_BT: Tensor) -> Tensor:
+        """Logits (B, T, V) of the whole vocabulary at every position, from one forward under the dense mask.
+
+        Args:
+            images_BID: what the vision tower makes of the pictures; it stands first in each row.
+            input_ids_BT, segment_BT, slot_BT: of whole sequences, padded on the right.
+        """
+        text_BTD = self.model.embed_text(input_ids_BT[:, images_BID.shape[1] :], slot_BT[:, images_BID.shape[1] :])
+        output = self.shell.model.language_model(
+            inputs_embeds=torch.cat([images_BID.to(text_BTD.dtype), text_BTD], dim=1),
+            attention_mask=visible(segment_BT)[:, None],
+            position_ids=positions(segment_BT),
+            use_cache=False,
+        )
+        logits_BTV: Tensor = self.shell.lm_head(output.last_hidden_state)
+        return logits_BTV
 
     def autoregressive(self, pixels_BNCHW: Tensor, prompts: Sequence[Sequence[int]], tokens: int, mark: Mark) -> Tensor:
         """``tokens`` action tokens one by one behind an empty thought, as pi0-FAST decodes: bins (B, tokens).
@@ -122,22 +152,26 @@ class PublishedWay:
         tokens: int,
         processor: LogitsProcessor,
         stop: StoppingCriteriaList,
+        temperature: float = 0.0,
     ) -> Tensor:
-        """New ids (B, T) of a greedy ``generate``; the last ``causal`` tokens of each sequence are no prefix."""
-        ids_BT = torch.tensor([list(sequence) for sequence in sequences], device=pixels_BNCHW.device)
+        """New ids (B, T) of ``generate``; the last ``causal`` tokens of each sequence are no prefix."""
+        longest, pad_id = max(map(len, sequences)), self.layout.vocabulary.pad_id
+        rows = [[*[pad_id] * (longest - len(own)), *own] for own in sequences]
+        ids_BT = torch.tensor(rows, device=pixels_BNCHW.device)
+        length_B1 = torch.tensor([[len(own)] for own in sequences], device=ids_BT.device)
         type_BT = torch.zeros_like(ids_BT)  # 0 is the prefix, which sees all of itself
         type_BT[:, ids_BT.shape[1] - causal :] = 1
         output = self.shell.generate(
             input_ids=ids_BT,
-            attention_mask=torch.ones_like(ids_BT),
+            attention_mask=(torch.arange(longest, device=ids_BT.device) >= longest - length_B1).long(),
             token_type_ids=type_BT,
             pixel_values=self.model.pixel_values(pixels_BNCHW),
             generation_config=GenerationConfig(
                 max_new_tokens=tokens,
-                do_sample=False,
                 use_cache=True,
-                pad_token_id=self.layout.vocabulary.pad_id,
+                pad_token_id=pad_id,
                 bos_token_id=self.layout.vocabulary.bos_id,
+                **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}),
             ),
             logits_processor=LogitsProcessorList([processor]),
             stopping_criteria=stop,
@@ -197,8 +231,8 @@ def _until_pair(ids: list[int], words: Vocabulary) -> list[int]:
     return ids[:end]
 
 
-def _sequence(layout: Layout, prompt: Sequence[int], thought: Sequence[int]) -> Example:
-    """Prompt, thought and action block as one sequence."""
+def sequence(layout: Layout, prompt: Sequence[int], thought: Sequence[int]) -> Example:
+    """Prompt, thought (up to and including ``<action>``) and action block as one sequence of placeholders."""
     block = layout.act_block()[1:]  # the thought ends with <action>
     ids_T = torch.tensor([*prompt, *thought, *block])
     counts = torch.tensor([len(prompt), len(thought) - 1, len(block) + 1])

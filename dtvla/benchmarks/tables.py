@@ -14,7 +14,7 @@ GB = 1e9
 
 def tables(document: Mapping[str, Any]) -> str:
     """The numbers of any study."""
-    kinds = {"rollout": _rollout, "parity": _parity, "memory": _needs, "training": _training}
+    kinds = {"rollout": _rollout, "parity": _parity, "memory": _needs, "training": _training, "grpo": _grpo}
     return kinds.get(document["study"], _decisions)(document)
 
 
@@ -187,3 +187,27 @@ def _training(document: Mapping[str, Any]) -> str:
     )
     parts = [what, markdown_table(header, rows), _ratios(document)]
     return "\n\n".join([*parts, *([_targets(document)] if document["targets"] else []), same])
+
+
+def _grpo(document: Mapping[str, Any]) -> str:
+    """Seconds of an iteration by phase, what was decided in it, and whether both sides learn the same."""
+    phases = ["start", "collect", "log-probs", "update", TOTAL]
+    counts = ["episodes", "steps", "real_decisions", "dead_decisions"]
+    rows = [
+        [m["side"], *(f"{m['phases'][phase]['median_s']:.4g}" if phase in m["phases"] else "" for phase in phases)]
+        + [" ".join(str(one[count]) for one in m["iterations"]) for count in counts]
+        for m in document["measurements"]
+    ]
+    header = ["side", *(f"{phase} s" for phase in phases), *(count.replace("_", " ") for count in counts)]
+    shapes, settings, found = document["shapes"], document["settings"], document["agreement"]
+    what = (
+        f"{document['device']} {document['dtype']}, {document['threads']} threads; {settings['groups']} groups of "
+        f"{settings['group_size']}, horizon {settings['horizon']}, published rows of {shapes['padded_tokens']} tokens; "
+        f"our {shapes['workers']} workers start once, in {document['start_once_s']:.3g} s with their first scenes"
+    )
+    same = (
+        f"of {found['tokens']} tokens, log-probabilities of both at most {found['recorded_apart']:.2g} (as recorded) "
+        f"and {found['computed_apart']:.2g} (computed anew) apart; gradients {found['gradients_apart']:.2g} of their "
+        "length"
+    )
+    return "\n\n".join([what, markdown_table(header, rows), _ratios(document), _targets(document), same])

@@ -1,8 +1,8 @@
 """The training study: one optimiser step of ours beside the plain way, on the same weights and batch, in one run.
 
 The plain way is transformers' PaliGemma as it comes, with the same attention rule: eager layers, logits of the whole
-vocabulary at every position, transformers' own loss over them. Ours compiles the layers and computes logits where a
-token is supervised, a part at a time.
+vocabulary at every position, transformers' own loss over them. Ours compiles the layers, leaves out keys that nobody
+of a run of rows sees, and computes the last layer and the logits where a token is supervised, logits a part at a time.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def training(settings: Settings) -> dict[str, Any]:
 
 
 def plain_loss(model: HybridVLA, batch: Batch) -> Tensor:
-    """The loss the plain way: logits of every position, prompt and padding included, and transformers' loss of them."""
+    """The loss the plain way: transformers' layers and logits at every position, padding included, and its own loss."""
     logits_BTV = model.lm_head(model.encode(batch))
     loss: Tensor = ForCausalLMLoss(logits_BTV, batch.labels_BT, logits_BTV.shape[-1])
     return loss

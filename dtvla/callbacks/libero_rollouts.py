@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +16,7 @@ from dtvla.callbacks import stopping
 from dtvla.callbacks.best_policy import BestPolicy
 from dtvla.callbacks.progress import PhaseProgressBar
 from dtvla.callbacks.throughput import clock_stopped
+from dtvla.callbacks.together import together
 from dtvla.errors import UserError
 from dtvla.sim.pool import pool_settings
 from dtvla.sim.suites import get_tasks
@@ -155,23 +155,14 @@ class LiberoRollouts(Callback):
     def _run(self, trainer: Trainer, policy: Policy) -> list[EpisodeResult] | None:
         """Run this rank's share and return the episodes of all ranks; None when a rank was asked to stop."""
         specs = self._specs()
-        error: BaseException | None = None
         try:
-            with stopping.interruptible(trainer):
-                own = _Share(self._run_share(trainer, policy, specs[trainer.global_rank :: trainer.world_size]))
-        except (stopping.Stopped, UserError, RuntimeError) as caught:  # the other ranks wait for an answer
-            error = caught
-            own = _Share(stopped=stopping.asked(trainer), failure=f"{type(error).__name__}: {error}")
+            shares = together(
+                trainer, lambda: self._run_share(trainer, policy, specs[trainer.global_rank :: trainer.world_size])
+            )
+        except stopping.Stopped:
             self.close()  # its simulators may be in the middle of something
-        shares = _exchange(own)
-        if any(share.stopped for share in shares):
             return None
-        if error is not None:
-            raise error
-        failures = [f"rank {rank}: {share.failure}" for rank, share in enumerate(shares) if share.failure]
-        if failures:
-            raise RuntimeError(f"rollouts at step {trainer.global_step}: {'; '.join(failures)}")
-        return [shares[index % len(shares)].episodes[index // len(shares)] for index in range(len(specs))]
+        return [shares[index % len(shares)][index // len(shares)] for index in range(len(specs))]
 
     def _run_share(self, trainer: Trainer, policy: Policy, specs: list[EpisodeSpec]) -> list[EpisodeResult]:
         from dtvla.policy.cot import CotMode
@@ -237,21 +228,3 @@ class LiberoRollouts(Callback):
             raise UserError(f"{found} is not a list of numbers from 0 to {most - 1}")
         if self.workers < 1:
             raise UserError(f"callbacks.libero_rollouts.workers: {self.workers} is below 1")
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What a rank tells the others about its episodes."""
-
-    episodes: list[EpisodeResult] = field(default_factory=list)
-    stopped: bool = False
-    failure: str | None = None
-
-
-def _exchange(share: _Share) -> list[_Share]:
-    """The shares of all ranks, in order; this one alone where training is not distributed."""
-    if not torch.distributed.is_initialized():
-        return [share]
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, share)
-    return shares

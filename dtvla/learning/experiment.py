@@ -7,28 +7,30 @@ import re
 import signal
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dtvla import __version__
 from dtvla.cli import command_line
 from dtvla.errors import UserError
+from dtvla.learning.composing import made, plain, say
 from dtvla.learning.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningDataModule, Trainer
 
-    from dtvla.data.datamodule import DemonstrationDataModule
-    from dtvla.learning.optim import OptimizerSettings
-    from dtvla.learning.sft import SFTModule
+    from dtvla.learning.module import PolicyModule
 
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 SIGINT_EXIT_CODE = 128 + signal.SIGINT
 LONGEST_JOB_NAME = 80
+ALGORITHMS = ("sft", "grpo")
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -43,15 +45,15 @@ def train(cfg: DictConfig) -> float | None:
     """
     folder = _run_folder(cfg)
     cfg.run.folder = str(folder.path)
-    checkpoint = folder.begin(_plain(cfg), resume=bool(cfg.resume))
+    checkpoint = folder.begin(plain(cfg), resume=bool(cfg.resume))
     result = folder.result()
     if result is not None:
         print(f"This run is finished ({result['steps']} steps); its policy is {folder.policy}")
         return _metric(cfg, result["metrics"])
     metrics = _fit(cfg, folder, checkpoint)
-    _say(f"policy: {folder.policy}")
+    say(f"policy: {folder.policy}")
     if folder.best.exists():
-        _say(f"most successful in rollouts: {folder.best}")
+        say(f"most successful in rollouts: {folder.best}")
     return _metric(cfg, metrics)
 
 
@@ -64,11 +66,12 @@ def _fit(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> dict[st
 
     _quiet()
     seed_everything(int(cfg.seed), verbose=False)
-    data = _open_inputs(cfg)
+    recipe = _recipe(cfg)
+    data = recipe.open_inputs(cfg)
     if checkpoint is not None:
         cfg.run.start_step = read_step(checkpoint)
-        _say(f"continuing after step {cfg.run.start_step}: {checkpoint}")
-    module = _module(cfg, data, cfg.run.start_step)
+        say(f"continuing after step {cfg.run.start_step}: {checkpoint}")
+    module: PolicyModule = recipe.module(cfg, data, cfg.run.start_step)
     trainer = _trainer(cfg)
     with folder.held() if trainer.is_global_zero else nullcontext():
         if trainer.is_global_zero:
@@ -83,95 +86,39 @@ def _fit(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> dict[st
     return metrics
 
 
-def _run(trainer: Trainer, module: SFTModule, data: DemonstrationDataModule, checkpoint: Path | None) -> None:
+def _recipe(cfg: DictConfig) -> ModuleType:
+    """What ``algorithm`` names: a module with ``open_inputs`` and ``module``.
+
+    Raises:
+        UserError: there is no such algorithm.
+    """
+    name = str(cfg.algorithm.name)
+    if name not in ALGORITHMS:
+        raise UserError(f"algorithm.name: {name!r} is unknown; use {' or '.join(ALGORITHMS)}")
+    return import_module(f"dtvla.learning.{name}_experiment")
+
+
+def _run(trainer: Trainer, module: PolicyModule, data: LightningDataModule, checkpoint: Path | None) -> None:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:
-        _say(f"stopped by SIGTERM after step {trainer.global_step}, which is saved; continue with resume=true")
+        say(f"stopped by SIGTERM after step {trainer.global_step}, which is saved; continue with resume=true")
         raise SystemExit(SIGTERM_EXIT_CODE) from None
     except SystemExit:  # Lightning's answer to Ctrl-C
-        _say("interrupted; continue from the last checkpoint with the same command and resume=true")
+        say("interrupted; continue from the last checkpoint with the same command and resume=true")
         raise SystemExit(SIGINT_EXIT_CODE) from None
 
 
-def _record(cfg: DictConfig, folder: RunFolder, module: SFTModule) -> None:
+def _record(cfg: DictConfig, folder: RunFolder, module: PolicyModule) -> None:
     """Write what a resume compares its settings with, and what makes policies of checkpoints."""
     from dtvla.policy import checkpoint
     from dtvla.policy.weights import new_folder
 
-    folder.record(_plain(cfg))
+    folder.record(plain(cfg))
     with new_folder(folder.processor, replace=True) as temporary:
         checkpoint.write_without_weights(module.policy, temporary)
-
-
-def _open_inputs(cfg: DictConfig) -> DemonstrationDataModule:
-    """Check the settings, open the dataset, and look for the weights that training starts from.
-
-    Raises:
-        UserError: naming everything that is absent or unfit at once.
-    """
-    from dtvla.data.grouping import Cut
-    from dtvla.policy.hub import locate
-    from dtvla.policy.quantization import check_bits
-
-    data: DemonstrationDataModule = _made(cfg.data)
-    problems = _problem(lambda: _optimizer(cfg)) + _problem(lambda: Cut(**_passes(cfg)))
-    problems += _problem(lambda: check_bits(cfg.model.quantize))
-    if cfg.model.get("lora") and not cfg.model.checkpoint:
-        problems.append(
-            "model.lora: adapts a trained model, but model.checkpoint is null; set it, or use model/lora=none"
-        )
-    problems += _problem(lambda: data.demonstrations)
-    if cfg.model.checkpoint:  # nothing is downloaded for a run that can't begin
-        problems += _problem(lambda: locate(str(cfg.model.checkpoint), download=not problems))
-    if problems:
-        raise UserError("; and ".join(problems))
-    return data
-
-
-def _problem(check: Callable[[], object]) -> list[str]:
-    try:
-        check()
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def _module(cfg: DictConfig, data: DemonstrationDataModule, start_step: int) -> SFTModule:
-    from dtvla.learning.sft import SFTModule
-    from dtvla.policy import compat
-    from dtvla.policy.policy import build_policy
-    from dtvla.policy.quantization import count
-
-    demonstrations = data.demonstrations
-    _say(f"data: {demonstrations.root}, {demonstrations.episodes} episodes, {len(demonstrations)} frames")
-    policy = build_policy(_plain(cfg.model), demonstrations.texts(), demonstrations.statistics)
-    compat.apply(policy, compat.Compat.from_config(_plain(cfg.compat)))
-    for remark in data.attach(policy.processor, start_step, **_passes(cfg)):
-        _say(remark)
-    module = SFTModule(
-        policy,
-        _optimizer(cfg),
-        data_fingerprint=demonstrations.fingerprint,
-        seed=int(cfg.seed),
-        action_smoothing_bins=float(cfg.algorithm.loss.action_smoothing_bins),
-    )
-    sizes = f"{count(module.model) / 1e6:.1f} M parameters, {count(module.model, trainable=True) / 1e6:.1f} M trained"
-    _say(f"model: {cfg.model.name}, {sizes}")
-    return module
-
-
-def _optimizer(cfg: DictConfig) -> OptimizerSettings:
-    from dtvla.learning.optim import OptimizerSettings
-
-    values = _plain(cfg.algorithm.optimizer)
-    return OptimizerSettings(**{**values, "betas": tuple(values["betas"])})
-
-
-def _passes(cfg: DictConfig) -> dict[str, Any]:
-    return {key: cfg.algorithm[key] for key in ("micro_batch_size", "pack_tokens")}
 
 
 def _trainer(cfg: DictConfig) -> Trainer:
@@ -181,9 +128,9 @@ def _trainer(cfg: DictConfig) -> Trainer:
 
     if cfg.trainer.accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
         raise UserError(f"trainer: torch {torch.__version__} finds no GPU; use trainer=cpu or install a CUDA build")
-    callbacks = [_made(callback) for callback in (cfg.callbacks or {}).values()]
-    loggers = [_made(logger) for logger in (cfg.logger or {}).values()]
-    trainer: Trainer = _made(
+    callbacks = [made(callback) for callback in (cfg.callbacks or {}).values()]
+    loggers = [made(logger) for logger in (cfg.logger or {}).values()]
+    trainer: Trainer = made(
         cfg.trainer,
         callbacks=callbacks,
         logger=loggers or False,
@@ -192,7 +139,7 @@ def _trainer(cfg: DictConfig) -> Trainer:
     return trainer
 
 
-def _final_metrics(trainer: Trainer, module: SFTModule, data: DemonstrationDataModule) -> dict[str, float]:
+def _final_metrics(trainer: Trainer, module: PolicyModule, data: LightningDataModule) -> dict[str, float]:
     """Metrics after the last step; validates once more unless the last step did."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.enable_validation and module.validated_step != trainer.global_step:
@@ -211,7 +158,7 @@ def _metric(cfg: DictConfig, metrics: dict[str, float]) -> float | None:
 
 
 def _result(
-    cfg: DictConfig, module: SFTModule, steps: int, metrics: dict[str, float], seconds: float
+    cfg: DictConfig, module: PolicyModule, steps: int, metrics: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     import lightning
     import torch
@@ -257,29 +204,6 @@ def _job_name(overrides: Sequence[str]) -> str:
     return f"{name[:LONGEST_JOB_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _made(cfg: DictConfig, **options: Any) -> Any:
-    """What a node with a ``_target_`` describes; a :class:`UserError` comes through as it was raised."""
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    try:
-        return instantiate(cfg, **options)
-    except InstantiationException as error:
-        raise (error.__cause__ if isinstance(error.__cause__, UserError) else error) from None
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
-
-
-def _say(text: str) -> None:
-    """Print on one rank."""
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
-    if not rank_zero_only.rank:  # type: ignore[attr-defined]
-        print(text)
-
-
 def _quiet() -> None:
     """Keep advice of libraries that does not apply here off the screen (after their import, which sets their level)."""
     import logging
@@ -289,4 +213,5 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # torchmetrics have summed over ranks already

@@ -3,10 +3,12 @@
 Counted are the matrix products that the model needs, a multiplication and an addition as two operations: the layers
 of the vision tower for each picture, the projector, the layers of the language model for each token that is no padding,
 attention for each pair of positions of which one may see the other (not for the whole square that a kernel computes),
-and the output layer at supervised positions. A product costs the same again in the backward pass for the gradient of
-its input, where something before it is trained, and once more for that of its weight, where the weight is trained:
-frozen parts and adapters follow from that. Lookups, norms, softmax and activations are not counted, and neither is what
-checkpointing computes anew: the share of the peak is the model's (MFU), not the hardware's (HFU).
+and the output layer at supervised positions. The last language layer counts there, too, but for its keys and values:
+nothing else of it is read. Its attention, a small part of one layer's, is left out. A product costs the same again in
+the backward pass for the gradient of its input, where something before it is trained, and once more for that of its
+weight, where the weight is trained: frozen parts and adapters follow from that. Lookups, norms, softmax and activations
+are not counted, and neither is what checkpointing computes anew: the share of the peak is the model's (MFU), not the
+hardware's (HFU).
 """
 
 from __future__ import annotations
@@ -114,8 +116,9 @@ class Flops:
 def training_flops(model: HybridVLA, *, backward: bool = True) -> Flops:
     """Operations of forward and backward pass, from the model's layers and which of them are trained.
 
-    Exact for whole parts. Where an adapter alone is trained, its product with the embedding is left out, and the first
-    layer that has it counts attention and all but q, k and v as if gradients reached them: less than a layer too much.
+    Exact for whole parts, but for the attention of the last language layer, see above. Where an adapter alone is
+    trained, its product with the embedding is left out, and the first layer that has it counts attention and all but
+    q, k and v as if gradients reached them: less than a layer too much.
 
     Args:
         model: with or without adapter; quantised or sharded layers count like whole ones.
@@ -126,15 +129,17 @@ def training_flops(model: HybridVLA, *, backward: bool = True) -> Flops:
     costs = {"picture": 0.0, "token": 0.0, "supervised": 0.0}
     vision: Any = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
+    text: Any = model.config.text_config
     unit_of = {0: "picture", 1: "picture", 2: "token", 3: "supervised"}
+    last: Stage = (PARTS["language_model"], text.num_hidden_layers - 1)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
         stage = _stage(name)
         passes = 1 + (backward and module.weight.requires_grad) + (backward and _passes_on(name, stage, earliest))
         rows = patches if stage[0] <= PARTS["projector"] else 1
-        costs[unit_of[stage[0]]] += 2.0 * rows * _weights(module) * passes
-    text: Any = model.config.text_config
+        read = stage == last and not any(of_all in name for of_all in (".k_proj", ".v_proj"))
+        costs["supervised" if read else unit_of[stage[0]]] += 2.0 * rows * _weights(module) * passes
 
     def attention(part: int, layers: int, width: int) -> float:
         backwards = sum(backward and bool(trained) and (part, layer) >= earliest for layer in range(layers))
@@ -142,7 +147,7 @@ def training_flops(model: HybridVLA, *, backward: bool = True) -> Flops:
 
     costs["picture"] += patches**2 * attention(PARTS["vision_tower"], vision.num_hidden_layers, vision.hidden_size)
     width = text.num_attention_heads * text.head_dim
-    return Flops(**costs, pair=attention(PARTS["language_model"], text.num_hidden_layers, width))
+    return Flops(**costs, pair=attention(PARTS["language_model"], last[1], width))
 
 
 def _weights(module: nn.Linear | nn.Conv2d) -> int:

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from dtvla.errors import UserError
 from dtvla.learning.metrics import TokenMetrics
-from dtvla.learning.optim import OptimizerSettings, build_optimizer, freeze_parts, gradient_norm
-from dtvla.learning.sharding import gradient_exchange, shard
-from dtvla.policy.adapters import has_adapter, is_adapter
+from dtvla.learning.module import PolicyModule
 from dtvla.policy.layout import Batch
 from dtvla.policy.loss import LossSums, sft_loss
 
 if TYPE_CHECKING:
+    from dtvla.learning.optim import OptimizerSettings
     from dtvla.policy.policy import Policy
-    from dtvla.policy.processor import Processor
-
-FINGERPRINTS = "dtvla_fingerprints"
 
 
-class SFTModule(LightningModule):
+class SFTModule(PolicyModule):
     """Next-token cross entropy over thoughts and actions, averaged over all supervised tokens of the whole batch.
 
-    One training step is one optimiser step on one (large) batch, which arrives cut into forward passes that fit into
-    memory (:mod:`dtvla.data.grouping`). Each adds (sum of its token losses) / (tokens of the whole batch, over all
-    ranks) to the gradient, so the gradient does not depend on the cut. The published trainer averages the means of its
-    micro-batches instead.
-
-    Dropout is a function of (seed, step, rank): nothing random has to be saved for an exact resume.
+    Each part of a batch adds (sum of its token losses) / (tokens of the whole batch, over all ranks). The published
+    trainer averages the means of its micro-batches instead.
     """
 
     def __init__(
@@ -47,90 +35,48 @@ class SFTModule(LightningModule):
         seed: int = 0,
         action_smoothing_bins: float = 0.0,
     ) -> None:
-        """Take the policy's model for training; parts with learning rate 0 are frozen.
+        """See :class:`~dtvla.learning.module.PolicyModule`.
 
         Args:
             policy: model and processor.
             optimizer: settings of AdamW and its schedule.
-            data_fingerprint: of the dataset; checkpoints of other data are refused.
+            data_fingerprint: of the dataset.
             seed: of dropout.
             action_smoothing_bins: see :func:`dtvla.policy.loss.sft_loss`; training only.
 
         Raises:
             UserError: a setting is out of range, or nothing is left to train.
         """
-        super().__init__()
         if action_smoothing_bins < 0:
             raise UserError(f"algorithm.loss.action_smoothing_bins: {action_smoothing_bins} is negative")
-        self.automatic_optimization = False
-        self.policy = policy
-        self.model = policy.model
-        self.settings = optimizer
-        self.data_fingerprint = data_fingerprint
-        self.seed = seed
+        super().__init__(policy, optimizer, data_fingerprint=data_fingerprint, seed=seed)
         self.action_smoothing_bins = action_smoothing_bins
         self.train_metrics = TokenMetrics(policy.processor.normalizer)
         self.val_metrics = TokenMetrics(policy.processor.normalizer)
-        self.validated_step = -1
-        freeze_parts(self.model, optimizer)
-        self.strict_loading = not has_adapter(self.model)  # checkpoints of an adapted model hold the adapter only
-
-    def configure_model(self) -> None:
-        """Share the weights out where the strategy does; changes nothing the second time."""
-        if self.device_mesh is not None:
-            if has_adapter(self.model):
-                _ = self._base_digest  # of whole weights
-            shard(self.model, self.device_mesh["data_parallel"], str(self.trainer.precision))
-
-    def configure_optimizers(self) -> Any:
-        """AdamW and its schedule over ``trainer.max_steps``."""
-        optimizer, scheduler = build_optimizer(self.model, self.settings, self.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
-        """Seed dropout for this step."""
-        digest = hashlib.sha256(f"{self.seed}/{self.global_step}/{self.global_rank}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         """One optimiser step."""
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        optimizer.zero_grad()  # type: ignore[union-attr]
-        for sums in self.accumulate(batch):
-            self.train_metrics.update(sums)
-        norm = gradient_norm(self.model, self.settings.clip)
-        if not torch.isfinite(norm):
-            raise UserError(
-                f"training: the gradient of step {self.global_step + 1} is not finite (the last checkpoint is from "
-                "before it); lower algorithm.optimizer.lr, lengthen the warm-up, or look for defective samples"
-            )
-        rates = {f"lr/{group['name'].split('/')[0]}": group["lr"] for group in optimizer.param_groups}  # type: ignore[union-attr]
-        optimizer.step()  # type: ignore[union-attr]
-        scheduler.step()  # type: ignore[union-attr]
+        norm, rates = self.update(batch, self.loss_of(batch))
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_window(norm, rates)
 
-    def accumulate(self, parts: Sequence[Batch]) -> Iterator[LossSums]:
-        """Run forward and backward over the parts of a batch, adding to the gradient; yield their sums."""
-        tokens, world = torch.tensor(sum(part.tokens for part in parts), device=self.device), 1
+    def loss_of(self, batch: Sequence[Batch]) -> Callable[[Batch], Tensor]:
+        """What each part of a batch, of which these are this rank's, adds to its loss."""
+        tokens = torch.tensor(sum(part.tokens for part in batch), device=self.device)
         if self._trainer is not None:
             tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
-            world = self.trainer.world_size  # strategies average gradients over ranks
-        model: Any = self.model if self._trainer is None else self.trainer.strategy.model
-        for index, part in enumerate(parts):
-            # Casts of an earlier part's forward would come last in this one's backward: until then, autograd would keep
-            # the gradients of all cast weights (4 GB for the published model).
-            torch.clear_autocast_cache()
-            with gradient_exchange(model, last=index == len(parts) - 1):
-                sums = self._loss(part, self.action_smoothing_bins)
-                loss = sums.cross_entropy * world / tokens
-                self.manual_backward(loss) if self._trainer is not None else loss.backward()
-            yield sums
+
+        def loss(part: Batch) -> Tensor:
+            sums = self._sums(part, self.action_smoothing_bins)
+            self.train_metrics.update(sums)
+            return sums.cross_entropy / tokens
+
+        return loss
 
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
         """Add a batch of held-out frames to the validation metrics."""
         for part in batch:
-            self.val_metrics.update(self._loss(part, 0.0))
+            self.val_metrics.update(self._sums(part, 0.0))
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -140,38 +86,7 @@ class SFTModule(LightningModule):
         self.log("val_action_l1", values["val/action_l1"], prog_bar=True, logger=False)
         self.validated_step = self.global_step
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember what the weights were trained with: data, tokenizer, statistics, pictures, an adapter's base."""
-        checkpoint[FINGERPRINTS] = self._fingerprints()
-        if has_adapter(self.model):
-            weights = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: weights[name] for name in weights if is_adapter(name)}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to continue on other data or another base model; :class:`UserError`."""
-        before, now = checkpoint.get(FINGERPRINTS, {}), self._fingerprints()
-        if before.get("base") != now.get("base"):
-            raise UserError(
-                "resume: the model in model.checkpoint changed since this run began; restore it, or train under "
-                "another name=..."
-            )
-        if before != now:
-            raise UserError(
-                "resume: the dataset changed since this run began; restore it, or train under another name=..."
-            )
-
-    def _fingerprints(self) -> dict[str, str]:
-        values = {"data": self.data_fingerprint, "processor": processor_digest(self.policy.processor)}
-        return {**values, "base": self._base_digest} if has_adapter(self.model) else values
-
-    @cached_property
-    def _base_digest(self) -> str:
-        """Of the weights that an adapted model keeps: exact sums of their bits as integers, which take little time."""
-        kept = [(name, weight) for name, weight in self.model.named_parameters() if not is_adapter(name)]
-        sums = {name: int(_as_integers(weight.detach()).sum(dtype=torch.int64)) for name, weight in kept}
-        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
-
-    def _loss(self, batch: Batch, smoothing: float) -> LossSums:
+    def _sums(self, batch: Batch, smoothing: float) -> LossSums:
         return sft_loss(self.model, batch, self.policy.processor.layout.bins, action_smoothing_bins=smoothing)
 
     def _log_window(self, norm: Tensor, rates: dict[str, float]) -> None:
@@ -179,21 +94,3 @@ class SFTModule(LightningModule):
         self.train_metrics.reset()
         self.log_dict({**values, **rates, "train/grad_norm": norm, "step": float(self.global_step)})
         self.log("loss", values["train/loss"], prog_bar=True, logger=False)
-
-
-def processor_digest(processor: Processor) -> str:
-    """sha256 over everything that decides how an observation becomes tokens and tokens become actions."""
-    words = {
-        "tokenizer": processor.layout.tokenizer.backend_tokenizer.to_str(),
-        "vocabulary": repr(processor.layout.vocabulary),
-        "prompt": processor.layout.prompt_template.to_dict(),
-        "shape": [processor.layout.image_tokens, processor.layout.chunk, processor.layout.action_dim],
-        "images": processor.images.to_dict(),
-        "normalizer": processor.normalizer.to_dict(),
-    }
-    return hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _as_integers(weight: Tensor) -> Tensor:
-    types = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return weight.contiguous().view(types[weight.element_size()])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dtvla.errors import UserError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dtvla.policy.model import HybridVLA
 
 
-def shard(model: HybridVLA, mesh: DeviceMesh, precision: str) -> None:
+def shard(model: HybridVLA, mesh: DeviceMesh, precision: str, *, offload: bool = False) -> None:
     """Share out each layer's weights, and what is left (embedding, projector, norms) at the root.
 
     A layer is whole while it computes, forward and backward; the root from the first forward to the last backward,
@@ -32,6 +32,7 @@ def shard(model: HybridVLA, mesh: DeviceMesh, precision: str) -> None:
         mesh: of the ranks, one dimension.
         precision: of Lightning's Trainer. ``bf16-mixed`` keeps the shards and adds up gradients in float32, and gathers
             and computes in bfloat16.
+        offload: keep the shards in main memory; each is moved to the device when it is gathered.
 
     Raises:
         UserError: the model is quantised.
@@ -46,9 +47,10 @@ def shard(model: HybridVLA, mesh: DeviceMesh, precision: str) -> None:
     policy = MixedPrecisionPolicy()
     if precision == "bf16-mixed":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    where: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
     layers = (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers)
     for module in (*layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=where)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Layers that are compiled for training: fewer operations, and fewer intermediate values kept for the gradient.
 
-Every layer of a kind runs the same compiled code, so compiling takes as long for two layers as for thirty. The code
-holds for all lengths and batch sizes. Without gradients (validation, decisions) layers run as they are: evaluation
-would otherwise wait for code of its own. So they do in float64, which is for checks.
+Every layer of a kind runs the same compiled code, so compiling takes as long for two layers as for thirty; the last
+language layer, which computes less, has code of its own. The code holds for all lengths and batch sizes. Without
+gradients (validation, decisions) layers run as they are: evaluation would otherwise wait for code of its own. So they
+do in float64, which is for checks.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -44,11 +44,12 @@ __all__ = [
 ]
 
 IGNORE = -100  # label of a position without supervision, as in torch's cross entropy
+PADDING = {"segment": int(Segment.PAD), "labels": IGNORE}  # by field of an example; others have the pad id, or zero
 
 
 @dataclass
 class Example:
-    """One sequence of T tokens.
+    """One sequence of T tokens; subclasses may add fields (T,), which are zero at padding.
 
     Attributes:
         input_ids_T: int64; action slots hold the action's ids, or placeholders when there is none.
@@ -74,6 +75,7 @@ class Batch:
         sample_BT: for packed rows, which sample of its row a position belongs to, counted from 0 (padding: -1); samples
             lie in the order of their pictures. None: each row is one sample.
         tokens: supervised tokens. Counted where the batch is made, so that no GPU has to be asked for a number.
+        action_tokens: those of them that are action slots.
     """
 
     pixels_BNCHW: Tensor
@@ -84,17 +86,20 @@ class Batch:
     actions_BSD: Tensor
     sample_BT: Tensor | None = None
     tokens: int = -1
+    action_tokens: int = -1
 
     def __post_init__(self) -> None:
         """Count the supervised tokens."""
         if self.tokens < 0:
             self.tokens = int((self.labels_BT[:, 1:] != IGNORE).sum())
+        if self.action_tokens < 0:
+            self.action_tokens = int(((self.labels_BT != IGNORE) & self.slot_BT)[:, 1:].sum())
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         """A copy on another device."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> Self:
         """A copy in page-locked memory; torch's DataLoader calls this."""
         return self._mapped(lambda tensor: tensor.pin_memory())
 
@@ -102,17 +107,22 @@ class Batch:
         """Number of samples."""
         return len(self.pixels_BNCHW)
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in values.items()}
-        return Batch(**changed)
+        return type(self)(**changed)
 
 
 def stack(examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
-    """Pad examples on the right to the longest: the four token fields of a :class:`Batch`, by name."""
+    """Pad examples on the right to the longest: the token fields of a :class:`Batch`, by name.
+
+    Args:
+        examples: all of one class, each field of which becomes one of the batch.
+        pad_id: stands at padding, as a token; see also :data:`PADDING`.
+    """
     return {
         f"{name}_BT": pad_sequence([getattr(e, f"{name}_T") for e in examples], batch_first=True, padding_value=value)
-        for name, value in _filler(pad_id).items()
+        for name, value in _filler(examples[0], pad_id).items()
     }
 
 
@@ -128,15 +138,16 @@ def pack(examples: Sequence[Example], pad_id: int, length: int) -> dict[str, Any
         raise ValueError(f"{len(examples)} examples of {int(counts.sum())} tokens do not fit into {length}")
     rows = {
         f"{name}_BT": functional.pad(torch.cat([getattr(e, f"{name}_T") for e in examples]), (0, room), value=value)
-        for name, value in _filler(pad_id).items()
+        for name, value in _filler(examples[0], pad_id).items()
     }
     rows["sample_BT"] = functional.pad(torch.arange(len(examples)).repeat_interleave(counts), (0, room), value=-1)
     return {name: row_T[None] for name, row_T in rows.items()}
 
 
-def _filler(pad_id: int) -> dict[str, float]:
-    """What stands at padding, by field of :class:`Example`."""
-    return {"input_ids": pad_id, "segment": int(Segment.PAD), "labels": IGNORE, "slot": False}
+def _filler(example: Example, pad_id: int) -> dict[str, float]:
+    """What stands at padding, by field of an example."""
+    values = {**PADDING, "input_ids": pad_id}
+    return {name: values.get(name, 0) for name in (field.name.removesuffix("_T") for field in fields(example))}
 
 
 def normalize_instruction(instruction: str) -> str:

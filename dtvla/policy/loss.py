@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -67,8 +68,12 @@ def sft_loss(model: HybridVLA, batch: Batch, bins: ActionBins, *, action_smoothi
     """
     places_M = supervised_places(batch) + 1
     targets_M, action_M = batch.labels_BT.flatten()[places_M], batch.slot_BT.flatten()[places_M]
-    score = _Score(bins, action_smoothing_bins)
-    scored = model(batch, lambda hidden_MD: chunked_loss(model, hidden_MD, score, targets_M, action_M))
+    scores, sizes = _Score(bins, action_smoothing_bins), chunk_sizes(batch.tokens, model.lm_head.out_features) or [0]
+
+    def score(chunk_MD: Tensor, rows: slice) -> dict[str, Tensor]:
+        return scores(model.logits(chunk_MD), targets_M[rows], action_M[rows])
+
+    scored = model(batch, lambda hidden_MD: chunked_loss(model, hidden_MD, score, sizes))
     entropy_M, correct_M, predicted_M = scored["entropy"], scored["correct"], scored["predicted"]
     dimensions = batch.actions_BSD.shape[-1]
     error_M = (bins.value(predicted_M) - bins.value(bins.last_id - targets_M)).abs() * action_M
@@ -117,20 +122,35 @@ class _Score:
         return logits_MV.logsumexp(-1) - (target_MK * self.bins.band(logits_MV)).sum(-1)
 
 
+def chunk_sizes(rows: int, columns: int) -> list[int]:
+    """Rows of each chunk of a matrix that is computed :data:`CHUNK_LOGITS` elements at a time; empty for no rows."""
+    most = max(1, CHUNK_LOGITS // columns)
+    return [min(most, rows - first) for first in range(0, rows, most)]
+
+
 def chunked_loss(
-    model: HybridVLA, hidden_MD: Tensor, score: _Score, targets_M: Tensor, action_M: Tensor
+    model: HybridVLA, hidden_MD: Tensor, score: Callable[[Tensor, slice], dict[str, Tensor]], sizes: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Score hidden states in chunks of :data:`CHUNK_LOGITS` logits; ``objective`` carries the gradient."""
-    rows = max(1, CHUNK_LOGITS // model.lm_head.out_features)
-    parts: list[dict[str, Tensor]] = []
+    """Score hidden states in chunks.
+
+    Args:
+        model: whose output layer ``score`` computes with, inside of its forward.
+        hidden_MD: hidden states.
+        score: takes the hidden states of a chunk and which of the M rows they are. It returns ``objective``, a scalar
+            that the gradient is of, and per row any tensors without gradient.
+        sizes: rows of each chunk, M together; see :func:`chunk_sizes`.
+
+    Returns:
+        The sum of the objectives, and the others for all rows.
+    """
+    starts, parts = [0, *accumulate(sizes)], list[dict[str, Tensor]]()
 
     def score_chunk(chunk_MD: Tensor, index: int) -> Tensor:
-        where = slice(index * rows, index * rows + len(chunk_MD))
-        parts.append(score(model.logits(chunk_MD), targets_M[where], action_M[where]))
+        parts.append(score(chunk_MD, slice(starts[index], starts[index + 1])))
         return parts[-1].pop("objective")
 
     weights = [weight for weight in model.lm_head.parameters() if weight.requires_grad and torch.is_grad_enabled()]
-    objective = ChunkedLoss.apply(hidden_MD, score_chunk, rows, *weights)
+    objective = ChunkedLoss.apply(hidden_MD, score_chunk, list(sizes), *weights)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"objective": objective}
 
 
@@ -144,21 +164,21 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, function: Callable[[Tensor, int], Tensor], rows: int, *weights: Tensor
+        ctx: Any, hidden_MD: Tensor, function: Callable[[Tensor, int], Tensor], sizes: list[int], *weights: Tensor
     ) -> Tensor:
-        """Return the sum of ``function(chunk, number)`` over chunks of ``rows`` rows.
+        """Return the sum of ``function(chunk, number)`` over chunks of the rows.
 
         Args:
             ctx: of autograd.
             hidden_MD: the rows.
             function: computes with ``weights``, which autograd has to know of; returns a scalar.
-            rows: in a chunk.
+            sizes: rows of each chunk; one at least, which may be empty.
             weights: that get a gradient.
         """
         learns = hidden_MD.requires_grad or bool(weights)
         values, gradients = list[Tensor](), list[Tensor]()
         sums: list[Tensor | None] = [None] * len(weights)
-        for index, chunk_MD in enumerate(hidden_MD.split(rows)):
+        for index, chunk_MD in enumerate(hidden_MD.split(sizes)):
             leaf_MD = chunk_MD.detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
                 value = function(leaf_MD, index)

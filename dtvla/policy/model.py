@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,8 @@ from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGe
 
 from dtvla.errors import UserError
 from dtvla.policy.action_bins import ActionBins
-from dtvla.policy.attention import Rule, block_mask, positions, unfused, visible
+from dtvla.policy.attention import Rule, Segment, block_mask, positions, unfused, visible
+from dtvla.policy.language import runs, use_language_layers
 from dtvla.policy.layout import IGNORE, Batch
 from dtvla.policy.vocabulary import Vocabulary
 
@@ -47,6 +49,7 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
             UserError: an unknown decoder, or slot embeddings for one without slots.
         """
         super().__init__(config)
+        use_language_layers(self.model.language_model.layers)
         if self.decoder not in DECODERS:
             raise UserError(f"model.decoder: {self.decoder!r} is unknown; use {' or '.join(DECODERS)}")
         if self.autoregressive and getattr(config, "slot_embedding", False):
@@ -84,24 +87,24 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
 
         Returns:
             Without a head float32 (M, V) in row-major order of :func:`supervised_positions`; else what it returns.
+
+        Raises:
+            UserError: as :meth:`encode`.
         """
-        hidden_BTD = self.encode(batch)
-        hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, supervised_places(batch))
+        embeddings_BTD, mask, places_BT = self._inputs(batch)
+        hidden_MD = self._supervised(batch, embeddings_BTD, mask, places_BT)
         return self.logits(hidden_MD) if head is None else head(hidden_MD)
 
     def encode(self, batch: Batch) -> Tensor:
-        """Hidden states (B, T, D) of whole sequences after the final norm.
+        """Hidden states (B, T, D) of whole sequences after the final norm, the way of transformers.
 
         A batch on a GPU is taken as it is, since looking at it would cost a wait: :func:`check_batch` is for before.
 
         Raises:
-            UserError: ids outside the vocabulary, or pictures that do not fit the sequences or the model.
+            UserError: ids outside the vocabulary, pictures that do not fit the sequences or the model, or gradients
+                through FlexAttention on the CPU.
         """
-        if batch.input_ids_BT.device.type == "cpu":
-            check_batch(batch, self.config)
-        embeddings_BTD = self.embed(batch.pixels_BNCHW, batch.input_ids_BT, batch.slot_BT)
-        places_BT = positions(batch.segment_BT, batch.sample_BT, self.rule)
-        return self.transform(embeddings_BTD, self.mask(batch.segment_BT, batch.sample_BT), places_BT)
+        return self.transform(*self._inputs(batch))
 
     def mask(self, segment_BT: Tensor, sample_BT: Tensor | None = None) -> Tensor | BlockMask:
         """The attention mask of whole rows, in the form that ``model.attention`` needs.
@@ -113,17 +116,11 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
         make = block_mask if self._flex else visible
         return make(segment_BT, sample_BT, rule=self.rule)
 
-    def embed(self, pixels_BNCHW: Tensor, input_ids_BT: Tensor, slot_BT: Tensor | None = None) -> Tensor:
-        """Input embeddings of whole rows.
-
-        Args:
-            pixels_BNCHW: uint8 pictures; each observation passes the vision tower once.
-            input_ids_BT: ids, images included; rows may be packed.
-            slot_BT: action slots, or None when there are none.
-        """
-        images_BID = self.embed_images(pixels_BNCHW)
-        text_BTD = self.embed_text(input_ids_BT, slot_BT)
-        is_image_BT1 = (input_ids_BT == self.config.image_token_index)[..., None]
+    def embed(self, batch: Batch) -> Tensor:
+        """Input embeddings (B, T, D) of whole rows, which may be packed; each picture passes the vision tower once."""
+        images_BID = self.embed_images(batch.pixels_BNCHW)
+        text_BTD = self.embed_text(batch.input_ids_BT, batch.slot_BT)
+        is_image_BT1 = image_positions(batch, self.config).unsqueeze(-1)
         return text_BTD.masked_scatter(is_image_BT1, images_BID.to(text_BTD.dtype))
 
     def embed_images(self, pixels_BNCHW: Tensor) -> Tensor:
@@ -156,7 +153,7 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
         return embeddings_BTD if slot_BT is None else self._fill_slots(embeddings_BTD, slot_BT)
 
     def transform(self, embeddings_BTD: Tensor, mask: Tensor | BlockMask, position_ids_BT: Tensor) -> Tensor:
-        """Run the language model on whole rows.
+        """Run transformers' language model on whole rows.
 
         Args:
             embeddings_BTD: inputs.
@@ -169,9 +166,7 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
         Raises:
             UserError: gradients through FlexAttention on the CPU.
         """
-        if self._flex and embeddings_BTD.device.type == "cpu" and torch.is_grad_enabled() and self._trains:
-            raise UserError("model.attention: flex has no gradient on the CPU; use sdpa, or train on a GPU")
-        with unfused(self._flex and embeddings_BTD.device.type == "cpu"):
+        with self._attention_on(embeddings_BTD.device):
             output = self.model.language_model(
                 inputs_embeds=embeddings_BTD,
                 attention_mask=mask[:, None] if isinstance(mask, Tensor) else mask,
@@ -180,6 +175,39 @@ class HybridVLA(PaliGemmaForConditionalGeneration):
             )
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | BlockMask, Tensor]:
+        """Embeddings (B, T, D), the mask and positions (B, T)."""
+        if batch.input_ids_BT.device.type == "cpu":
+            check_batch(batch, self.config)
+        embeddings_BTD = self.embed(batch)
+        places_BT = positions(batch.segment_BT, batch.sample_BT, self.rule)
+        return embeddings_BTD, self.mask(batch.segment_BT, batch.sample_BT), places_BT
+
+    def _supervised(
+        self, batch: Batch, embeddings_BTD: Tensor, mask: Tensor | BlockMask, position_ids_BT: Tensor
+    ) -> Tensor:
+        """What :meth:`transform` gives where the next token is supervised (M, D), without computing all of the rest."""
+        language: Any = self.model.language_model
+        masks = runs(mask, first_supervised(batch))
+        read_M = supervised_places(batch, rows=masks[-1].shape[-2])
+        rotation = language.rotary_emb(embeddings_BTD, position_ids=position_ids_BT)
+        *layers, last = language.layers
+        with self._attention_on(embeddings_BTD.device):
+            hidden_BTD = embeddings_BTD
+            for layer in layers:
+                hidden_BTD = layer(hidden_BTD, masks=masks, rotation=rotation)
+            hidden_MD: Tensor = last(hidden_BTD, masks=masks[-1:], rotation=rotation, read_M=read_M)
+        normed_MD: Tensor = language.norm(hidden_MD)
+        return normed_MD
+
+    @contextmanager
+    def _attention_on(self, device: torch.device) -> Iterator[None]:
+        on_cpu = self._flex and device.type == "cpu"
+        if on_cpu and torch.is_grad_enabled() and self._trains:
+            raise UserError("model.attention: flex has no gradient on the CPU; use sdpa, or train on a GPU")
+        with unfused(on_cpu):
+            yield
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary, float32 at least, for hidden states of any leading shape."""
@@ -227,10 +255,28 @@ def supervised_positions(batch: Batch) -> Tensor:
     return batch.labels_BT[:, 1:] != IGNORE
 
 
-def supervised_places(batch: Batch) -> Tensor:
-    """The same places as int64 (M,) indices into the flattened (B * T) positions; no GPU is asked for their number."""
+def supervised_places(batch: Batch, rows: int | None = None) -> Tensor:
+    """The same places as int64 (M,) indices into the flattened (B * T) positions; no GPU is asked for their number.
+
+    Args:
+        batch: with labels.
+        rows: the indices are into the last so many positions (B * rows), which hold all places; None: all positions.
+    """
     where_BT = functional.pad(supervised_positions(batch), (0, 1))
+    where_BT = where_BT if rows is None else where_BT[:, where_BT.shape[1] - rows :]
     return torch.nonzero_static(where_BT.flatten(), size=batch.tokens)[:, 0]
+
+
+def first_supervised(batch: Batch) -> int:
+    """The first supervised position of all rows; 0 for a batch on a GPU, which would have to be waited for."""
+    if batch.labels_BT.device.type != "cpu" or batch.tokens == 0:
+        return 0
+    return int(supervised_positions(batch).any(0).nonzero()[0])
+
+
+def image_positions(batch: Batch, config: PaliGemmaConfig) -> Tensor:
+    """Where pictures are: bool (B, T). A sampled thought may have the id of an image token, which then is a word."""
+    return (batch.input_ids_BT == config.image_token_index) & (batch.segment_BT == Segment.PREFIX)
 
 
 def check_batch(batch: Batch, config: PaliGemmaConfig) -> None:
@@ -250,7 +296,7 @@ def check_batch(batch: Batch, config: PaliGemmaConfig) -> None:
         )
     sample_BT = torch.zeros_like(ids_BT) if batch.sample_BT is None else batch.sample_BT.clamp(min=0)
     row_BT = torch.arange(len(ids_BT), device=ids_BT.device)[:, None] * (len(batch) + 1) + sample_BT
-    found = torch.bincount(row_BT[ids_BT == config.image_token_index])
+    found = torch.bincount(row_BT[image_positions(batch, config)])
     if not torch.equal(found[found > 0], found.new_full((len(batch),), images)):
         raise UserError(
             f"batch: {cameras} pictures are {images} image tokens, but the rows have another number; "

@@ -12,10 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dtvla.policy.adapters import has_adapter
 
 PACKED_TYPES = (torch.float32, torch.bfloat16)
+_optimizer_steps = [0]  # of all optimisers of this process
+
+
+def _count_step(*_: object) -> None:
+    _optimizer_steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class PackedLinear(nn.Module):
@@ -73,12 +82,17 @@ def places(module: nn.Module) -> int:
     return total
 
 
-def state(module: nn.Module) -> tuple[int, list[tuple[object, ...]]]:
+def state(module: nn.Module) -> tuple[object, ...]:
     """What a twin is a snapshot of: it is outdated when this changes.
 
-    Parameters count their writes in place; adapters are switched, merged and disabled by attributes.
+    Parameters count their writes in place, but not those of fused optimisers, whose steps are counted here. Adapters
+    are switched, merged and disabled by attributes.
     """
     versions = sum(0 if p.is_inference() else p._version for p in module.parameters())
     adapted = module.modules() if has_adapter(module) else ()
     adapters: list[Any] = [m for m in adapted if hasattr(m, "base_layer")]
-    return versions, [(m.disable_adapters, *m.active_adapters, *m.merged_adapters) for m in adapters]
+    return (
+        versions,
+        _optimizer_steps[0],
+        [(m.disable_adapters, *m.active_adapters, *m.merged_adapters) for m in adapters],
+    )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dtvla.data.normalization import Statistics
 from dtvla.errors import UserError
@@ -32,10 +33,12 @@ class Decision:
         thought_ids: all ids between prompt and actions, up to and including ``<action>``.
         truncated: whether the length cap closed the thought.
         thought_log_probs: of each id, 0 for those that the cap decided; empty for a thought that was not decoded.
+        thought_forced: ids at the end of the thought that the length cap decided.
         thought_forwards: passes of the model that wrote the thought.
         action_bins_A: int64 bins of the action tokens, as chosen.
         action_log_probs_A: float32, of each bin. Log-probabilities are at temperature 1 for greedy choices, else at the
             temperature of sampling.
+        pixels_NCHW: uint8 pictures as the model saw them; a view into those of the whole batch.
         latency_s: wall time of the whole batch's decision, which is what each of its robots waited for.
     """
 
@@ -44,9 +47,11 @@ class Decision:
     thought_ids: list[int] = field(default_factory=list)
     truncated: bool = False
     thought_log_probs: list[float] = field(default_factory=list)
+    thought_forced: int = 0
     thought_forwards: int = 0
     action_bins_A: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     action_log_probs_A: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    pixels_NCHW: np.ndarray | None = None
     latency_s: float = 0.0
 
 
@@ -119,7 +124,8 @@ class Policy:
         was_training = self.model.training
         self.model.eval()
         try:
-            thoughts, actions = self._decide(observations, cot, seeds, drafts if cot.speculate else None)
+            pixels_BNCHW = torch.stack([self.processor.pixels(o) for o in observations])
+            thoughts, actions = self._decide(observations, pixels_BNCHW, cot, seeds, drafts if cot.speculate else None)
         finally:
             self.model.train(was_training)
         layout = self.processor.layout
@@ -134,9 +140,11 @@ class Policy:
                 thought_ids=thought.ids,
                 truncated=thought.truncated,
                 thought_log_probs=thought.log_probs,
+                thought_forced=thought.forced,
                 thought_forwards=thought.forwards,
                 action_bins_A=bins_BA[row],
                 action_log_probs_A=log_probs_BA[row],
+                pixels_NCHW=pixels_BNCHW[row].numpy(),
                 latency_s=latency,
             )
             for row, thought in enumerate(thoughts)
@@ -159,12 +167,12 @@ class Policy:
     def _decide(
         self,
         observations: Sequence[Mapping[str, Any]],
+        pixels_BNCHW: Tensor,
         cot: CotMode,
         seeds: Sequence[int] | None,
         drafts: Sequence[Sequence[int]] | None,
     ) -> tuple[list[Thought], Actions]:
         layout, strategy, engine = self.processor.layout, cot.strategy, self.engine
-        pixels_BNCHW = torch.stack([self.processor.pixels(o) for o in observations])
         prompts = [layout.prompt(_instruction(o), strategy.asks_for_thought) for o in observations]
         of_thought, of_mode, of_action = (
             [_generator(seed, purpose) for seed in (seeds or [0] * len(observations))] for purpose in range(3)
@@ -192,15 +200,17 @@ class Policy:
         return thoughts, engine.act(context, temperature=cot.action_temperature, generators=of_action)
 
 
-def build_policy(settings: Mapping[str, Any], texts: Iterable[str], statistics: Statistics) -> Policy:
+def build_policy(
+    settings: Mapping[str, Any], texts: Iterable[str] = (), statistics: Statistics | None = None
+) -> Policy:
     """Make the policy that training starts from.
 
     Args:
         settings: the ``model`` group of the configuration. ``checkpoint: null`` gives fresh weights and a tokenizer
             trained on ``texts``; a saved policy continues from there; a folder or hub id in the published format
             gives weights, vocabulary and tokenizer.
-        texts: instructions and thoughts of the training data.
-        statistics: of the training data; a policy that was trained before keeps its own.
+        texts: instructions and thoughts of the training data; needed for fresh weights.
+        statistics: of the training data, likewise; a policy that was trained before keeps its own.
 
     Raises:
         UserError: an absent or unfit checkpoint, or contradictory settings.
@@ -211,6 +221,8 @@ def build_policy(settings: Mapping[str, Any], texts: Iterable[str], statistics: 
         policy = checkpoint.load(
             str(settings["checkpoint"]), statistics=statistics, settings=settings, as_trained=False
         )
+    elif statistics is None:
+        raise ValueError("fresh weights need the training data's texts and statistics")
     else:
         policy = build.fresh(settings, texts, statistics)
     adapters.prepare(policy.model, settings)

@@ -73,7 +73,7 @@ class Runtime:
         self.keys, self.values = torch.empty(0), torch.empty(0)
         self._graphs: Graphs | None = None
         self._places: int | None = None
-        self._state: tuple[int, list[tuple[object, ...]]] | None = None
+        self._state: tuple[object, ...] | None = None
         self._bins = layout.bins
 
     @property

@@ -1,9 +1,10 @@
-"""The processes that ``torchrun`` starts for one evaluation, each with a share of the episodes."""
+"""Processes that share episodes: those that ``torchrun`` starts for an evaluation, and the ranks of a training."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, cast
 
 from dtvla.errors import UserError
 
@@ -64,3 +65,53 @@ def join_ranks() -> Ranks:
     if not torch.distributed.is_initialized():  # a multirun evaluates several times in one process
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     return Ranks(index, count, local_index, local_count)
+
+
+class Abandoned(RuntimeError):
+    """Another rank could not go on; ``stopped``: it was asked to stop, which is no failure."""
+
+    def __init__(self, message: str, stopped: bool) -> None:
+        """Say which rank and why."""
+        super().__init__(message)
+        self.stopped = stopped
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a rank tells the others: an answer, or why it has none."""
+
+    answer: Any = None
+    failure: str | None = None
+    stopped: bool = False
+
+
+def agree[T](exchange: Callable[[Any], list[Any]], act: Callable[[], T]) -> list[T]:
+    """Do something on every rank and tell all of them; when one can't, none goes on.
+
+    Args:
+        exchange: gives every rank what each of them gave, in their order.
+        act: this rank's part. What it raises this rank raises, but tells the others first, who would wait in vain;
+            other than ``Exception`` means that it was asked to stop. Ctrl-C reaches all ranks by itself.
+
+    Returns:
+        What ``act`` returned on each rank.
+
+    Raises:
+        Abandoned: another rank could not.
+    """
+    error: BaseException | None = None
+    try:
+        own = _Told(act())
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as caught:
+        error = caught
+        own = _Told(None, f"{type(caught).__name__}: {caught}", not isinstance(caught, Exception))
+    told = exchange(own)
+    if error is not None:
+        raise error
+    failed = [(rank, one) for rank, one in enumerate(told) if one.failure is not None]
+    if failed:
+        reasons = "; ".join(f"rank {rank}: {one.failure}" for rank, one in failed)
+        raise Abandoned(reasons, stopped=any(one.stopped for _, one in failed))
+    return [cast(T, one.answer) for one in told]

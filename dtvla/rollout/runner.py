@@ -39,6 +39,18 @@ class ActingPolicy(Protocol):
         ...
 
 
+class Recorder(Protocol):
+    """Who keeps what a policy saw and decided, see :class:`dtvla.rollout.trajectories.TrajectoryWriter`."""
+
+    def decided(self, spec: EpisodeSpec, step: int, decision: "Decision") -> None:
+        """Take note of a decision of an episode, behind so many steps."""
+        ...
+
+    def finished(self, spec: EpisodeSpec, result: EpisodeResult) -> None:
+        """Take note of an episode's end, before anybody else hears of it."""
+        ...
+
+
 @dataclass
 class _Running:
     """An episode under way in one worker."""
@@ -54,7 +66,8 @@ class _Running:
 
 def episode_name(spec: EpisodeSpec) -> str:
     """Short unique name of an episode within an evaluation, usable as a file name."""
-    return f"{spec.suite}_task{spec.task_id:02d}_init{spec.init_state:02d}_seed{spec.seed}"
+    sample = f"_sample{spec.sample}" if spec.sample else ""
+    return f"{spec.suite}_task{spec.task_id:02d}_init{spec.init_state:02d}_seed{spec.seed}{sample}"
 
 
 def episode_specs(
@@ -85,6 +98,8 @@ def episode_specs(
 def decision_seed(spec: EpisodeSpec, decision: int) -> int:
     """Sampling seed of one decision: a pure function of the episode and the decision's index, in [0, 2**63)."""
     text = f"{spec.suite}/{spec.task_id}/{spec.init_state}/{spec.seed}/{decision}"
+    if spec.sample:
+        text += f"/{spec.sample}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
@@ -97,6 +112,7 @@ def run_episodes(
     batch_size: int | None = None,
     on_result: Callable[[EpisodeResult], None] | None = None,
     video_dir: Path | None = None,
+    recorder: Recorder | None = None,
 ) -> list[EpisodeResult]:
     """Run one episode for every specification; every action of a chunk is executed open loop.
 
@@ -110,6 +126,7 @@ def run_episodes(
         on_result: called for every finished episode, in the order in which they finish.
         video_dir: folder for the films of specifications with ``record``, which the workers write while they simulate;
             None films nothing.
+        recorder: is told of every decision and every end.
 
     Returns:
         Results in the order of `specs`.
@@ -119,7 +136,7 @@ def run_episodes(
             of the policy. The pool has unfinished work then and has to be closed.
         UserError: a specification asks for what LIBERO does not have.
     """
-    run = _Run(specs, pool, on_result, video_dir)
+    run = _Run(specs, pool, on_result, video_dir, recorder)
     limit = batch_size or pool.workers
     for worker in range(pool.workers):
         run.start_next(worker)
@@ -170,10 +187,12 @@ class _Run:
         pool: EnvPool,
         on_result: Callable[[EpisodeResult], None] | None,
         video_dir: Path | None,
+        recorder: Recorder | None,
     ) -> None:
         self.pool = pool
         self.on_result = on_result
         self.video_dir = video_dir
+        self.recorder = recorder
         self.queue = _Queue(specs)
         self.running: dict[int, _Running] = {}
         self.waiting: deque[int] = deque()
@@ -224,6 +243,8 @@ class _Run:
         decisions = policy.act([e.observation for e in episodes], cot, seeds=seeds, drafts=drafts)
         for worker, episode, decision in zip(workers, episodes, decisions, strict=True):
             self.pool.act(worker, decision.actions_SD, decision.thought)
+            if self.recorder is not None:
+                self.recorder.decided(episode.spec, episode.step, decision)
             ids, forwards = decision.thought_ids, decision.thought_forwards
             written = len(ids) if forwards else 0
             episode.thoughts.append(Thought(episode.step, decision.thought, decision.truncated, written, forwards))
@@ -245,5 +266,7 @@ class _Run:
             video=f"{reply.film.parent.name}/{reply.film.name}" if reply.film else None,
         )
         self.results[episode.index] = result
+        if self.recorder is not None:
+            self.recorder.finished(spec, result)
         if self.on_result is not None:
             self.on_result(result)

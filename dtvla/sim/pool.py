@@ -37,7 +37,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EpisodeSpec:
-    """What an episode is made of. ``record`` asks whoever runs it for a film."""
+    """What an episode is made of.
+
+    ``record`` asks whoever runs it for a film. ``sample`` tells episodes apart that begin alike: the policy draws other
+    random numbers in each.
+    """
 
     suite: str
     task_id: int
@@ -45,9 +49,11 @@ class EpisodeSpec:
     seed: int
     max_steps: int | None = None
     record: bool = False
+    sample: int = 0
 
     def __str__(self) -> str:
-        return f"{self.suite} task {self.task_id}, init state {self.init_state}, seed {self.seed}"
+        sample = f", sample {self.sample}" if self.sample else ""
+        return f"{self.suite} task {self.task_id}, init state {self.init_state}, seed {self.seed}{sample}"
 
 
 @dataclass(frozen=True)

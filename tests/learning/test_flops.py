@@ -20,8 +20,9 @@ from dtvla.learning import flops
 from dtvla.learning.flops import training_flops, work_of
 from dtvla.policy import adapters
 from dtvla.policy.attention import visible
+from dtvla.policy.language import runs
 from dtvla.policy.layout import Batch
-from dtvla.policy.model import HybridVLA, make_config
+from dtvla.policy.model import HybridVLA, first_supervised, make_config
 from dtvla.policy.policy import Policy, build_policy
 
 TEXTS = ["pick up the soup", "open the drawer", "the gripper is above the soup and closes", "move left"]
@@ -60,11 +61,18 @@ def counted(policy: Policy, batch: Batch, backward: bool = True) -> int:
 
 
 def predicted(policy: Policy, batch: Batch, backward: bool = True) -> float:
-    """By us, for the rows and columns that were computed: with padding, and attention over the whole square."""
+    """By us, for the rows and columns that were computed: with padding and pairs that are masked away.
+
+    The attention of the last layer, which is not in the formula, is added.
+    """
     work, (rows, columns) = work_of([batch]), batch.input_ids_BT.shape
-    cost = training_flops(policy.model, backward=backward)
-    pairs = rows * columns**2
-    return cost(pictures=work.pictures, tokens=rows * columns, pairs=pairs, supervised=work.supervised)
+    cost, text = training_flops(policy.model, backward=backward), policy.model.config.text_config
+    masks = runs(policy.model.mask(batch.segment_BT, batch.sample_BT), first_supervised(batch))
+    pairs_of_runs = [mask[:, 0].numel() for mask in masks]
+    counted_layers = text.num_hidden_layers - 1
+    assert sum(pairs_of_runs) < rows * columns**2
+    total = cost(pictures=work.pictures, tokens=rows * columns, pairs=sum(pairs_of_runs), supervised=work.supervised)
+    return total + cost.pair / counted_layers * pairs_of_runs[-1]
 
 
 @pytest.mark.parametrize("pack_tokens", [None, 512])
@@ -123,7 +131,12 @@ def test_the_published_model_needs_six_operations_per_weight_and_token() -> None
         model = HybridVLA(make_config({**settings, "vocabulary_size": None}, vocabulary))
     cost = training_flops(model)
     language = sum(w.numel() for n, w in model.named_parameters() if "language_model.layers" in n and w.ndim == 2)
-    assert cost.token == pytest.approx(6 * language)
+    last = {n: w.numel() for n, w in model.named_parameters() if "language_model.layers.17" in n and w.ndim == 2}
+    keys_and_values = sum(size for name, size in last.items() if "k_proj" in name or "v_proj" in name)
+    read = sum(last.values()) - keys_and_values
+    assert 0 < keys_and_values < read
+    assert cost.token == pytest.approx(6 * (language - read))
+    assert cost.supervised == pytest.approx(6 * (read + model.lm_head.weight.numel()))
     assert language == pytest.approx(1.98e9, rel=0.01)
     vision = sum(w.numel() for n, w in model.named_parameters() if "vision_tower" in n and w.ndim == 2)
     assert cost.picture == pytest.approx(6 * 256 * vision, rel=0.08)  # and attention, 256 patches a picture

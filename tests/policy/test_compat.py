@@ -12,7 +12,7 @@ from training_data import TINY, write_demonstrations
 
 from dtvla.cli import config_dir
 from dtvla.errors import UserError
-from dtvla.learning.experiment import _module, _open_inputs
+from dtvla.learning.sft_experiment import module, open_inputs
 from dtvla.policy.attention import Rule
 from dtvla.policy.compat import Compat, apply
 from dtvla.policy.policy import Policy
@@ -60,7 +60,7 @@ def test_training_starts_from_a_policy_with_the_settings(tmp_path: Path) -> None
         chosen = [f"compat.pads_visible={pads_visible}", f"compat.action_decode={mode or 'null'}"]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             cfg = compose("train", [*overrides, *chosen])
-        policy = _module(cfg, _open_inputs(cfg), 0).policy
+        policy = module(cfg, open_inputs(cfg), 0).policy
         assert policy.model.rule == Rule(pads_visible=pads_visible)
         policy.save(tmp_path / "policy", overwrite=True)
         stored = json.loads((tmp_path / "policy" / "policy.json").read_text())

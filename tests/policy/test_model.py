@@ -176,7 +176,7 @@ def test_flex_attention_equals_sdpa(make_policy: Callable[..., Policy], changes:
             segment_BT = torch.cat([segment_BT, segment_BT.flip(0)], dim=1)
             real_BT = segment_BT != Segment.PAD
             sample_BT = torch.arange(2).repeat_interleave(segment_BT.shape[1] // 2).expand_as(segment_BT)
-        embeddings = model.embed(batch.pixels_BNCHW, batch.input_ids_BT, batch.slot_BT).detach()
+        embeddings = model.embed(batch).detach()
         if packed:
             embeddings = torch.cat([embeddings, embeddings.flip(0)], dim=1)
         found = {}

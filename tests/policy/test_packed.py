@@ -50,13 +50,14 @@ def test_decisions_in_short_types_are_those_of_float64(
     assert (decide(short, short.engine) - expected).abs().max() < close * expected.abs().max()
 
 
-def test_the_engine_follows_weights_types_and_storage(make_policy: Callable[..., Policy]) -> None:
-    """An optimiser's step, a change of type and back: always the present weights."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_engine_follows_weights_types_and_storage(make_policy: Callable[..., Policy], fused: bool) -> None:
+    """An optimiser's step (a fused one leaves no trace on weights), a change of type and back: the present weights."""
     policy = make_policy()
     policy.model.float()
     engine = policy.engine
     before = decide(policy, engine)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2, fused=fused)
     for parameter in policy.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

@@ -58,6 +58,26 @@ def test_speculation_changes_forwards_and_nothing_else(policy: Policy, temperatu
     assert second[2].thought_forwards == first[2].thought_forwards
 
 
+def test_a_decision_holds_what_the_model_saw_and_how_many_ids_the_cap_decided(policy: Policy) -> None:
+    rng = np.random.default_rng(8)
+    rows = [random_observation(policy, rng) for _ in range(12)]
+    cot, seeds = CotMode(max_tokens=6, temperature=1.0, action_temperature=1.0), list(range(12))
+    decisions = policy.act(rows, cot, seeds=seeds)
+    words, forced = policy.processor.layout.vocabulary, []
+    for row, decision in zip(rows, decisions, strict=True):
+        assert decision.pixels_NCHW is not None
+        assert decision.pixels_NCHW.dtype == np.uint8
+        np.testing.assert_array_equal(decision.pixels_NCHW, policy.processor.pixels(row).numpy())
+        own = len(decision.thought_ids) - decision.thought_forced
+        assert all(p < 0 for p in decision.thought_log_probs[:own])
+        assert decision.thought_log_probs[own:] == [0.0] * decision.thought_forced
+        assert decision.thought_ids[own:] == [words.think_end_id, words.action_start_id][2 - decision.thought_forced :]
+        forced.append(decision.thought_forced)
+    assert max(forced) == 2
+    (given,) = policy.act(rows[:1], CotMode("mask"))
+    assert (given.thought_forced, given.thought_log_probs) == (0, [])
+
+
 def test_actions_are_sampled_at_their_own_temperature(policy: Policy) -> None:
     """Bins, log-probabilities and robot units of one decision agree; a cold sample is the greedy choice."""
     row, layout = observations(policy, 1), policy.processor.layout

@@ -1,0 +1,62 @@
+"""What a supervised training run is made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from dtvla.errors import UserError
+from dtvla.learning.composing import made, optimizer, passes, plain, problem, say, say_size
+
+if TYPE_CHECKING:
+    from dtvla.data.datamodule import DemonstrationDataModule
+    from dtvla.learning.sft import SFTModule
+
+
+def open_inputs(cfg: DictConfig) -> DemonstrationDataModule:
+    """Check the settings, open the dataset, and look for the weights that training starts from.
+
+    Raises:
+        UserError: naming everything that is absent or unfit at once.
+    """
+    from dtvla.data.grouping import Cut
+    from dtvla.policy.hub import locate
+    from dtvla.policy.quantization import check_bits
+
+    data: DemonstrationDataModule = made(cfg.data)
+    problems = problem(lambda: optimizer(cfg)) + problem(lambda: Cut(**passes(cfg)))
+    problems += problem(lambda: check_bits(cfg.model.quantize))
+    if cfg.model.get("lora") and not cfg.model.checkpoint:
+        problems.append(
+            "model.lora: adapts a trained model, but model.checkpoint is null; set it, or use model/lora=none"
+        )
+    problems += problem(lambda: data.demonstrations)
+    if cfg.model.checkpoint:  # nothing is downloaded for a run that can't begin
+        problems += problem(lambda: locate(str(cfg.model.checkpoint), download=not problems))
+    if problems:
+        raise UserError("; and ".join(problems))
+    return data
+
+
+def module(cfg: DictConfig, data: DemonstrationDataModule, start_step: int) -> SFTModule:
+    """The policy in training, and the data made ready for it."""
+    from dtvla.learning.sft import SFTModule
+    from dtvla.policy import compat
+    from dtvla.policy.policy import build_policy
+
+    demonstrations = data.demonstrations
+    say(f"data: {demonstrations.root}, {demonstrations.episodes} episodes, {len(demonstrations)} frames")
+    policy = build_policy(plain(cfg.model), demonstrations.texts(), demonstrations.statistics)
+    compat.apply(policy, compat.Compat.from_config(plain(cfg.compat)))
+    for remark in data.attach(policy.processor, start_step, **passes(cfg)):
+        say(remark)
+    result = SFTModule(
+        policy,
+        optimizer(cfg),
+        data_fingerprint=demonstrations.fingerprint,
+        seed=int(cfg.seed),
+        action_smoothing_bins=float(cfg.algorithm.loss.action_smoothing_bins),
+    )
+    say_size(cfg.model.name, result.model)
+    return result
