@@ -36,6 +36,7 @@ HARMLESS = (
     "data.max_rounds",
     "data.held_out",
     "algorithm.reference.offload",
+    "algorithm.stop_at_log_ratio",
     "algorithm.micro_batch_size",
     "algorithm.pack_tokens",
     "model.attention",

@@ -51,8 +51,9 @@ SETTINGS = GroupSettings(
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
+    """Before any other fixture: the last bits of a decision depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
