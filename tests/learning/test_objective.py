@@ -183,7 +183,8 @@ def test_weightings_are_the_means_they_are_named_after(policy: Policy, weighting
         "token": losses_N.sum() / tokens_N.sum(),
         "constant": losses_N.sum() / 3 / 100,
     }
-    assert float(total_of(policy, [batch], Objective()).objective.detach()) == pytest.approx(expected[weighting], abs=1e-5)
+    found = total_of(policy, [batch], Objective()).objective.detach()
+    assert float(found) == pytest.approx(expected[weighting], abs=1e-5)
 
 
 def test_the_first_step_is_the_plain_policy_gradient(policy: Policy) -> None:
