@@ -32,7 +32,9 @@ PARTS = (
 )
 _config: Any = numba.config
 _intrinsic: Any = intrinsic  # its types do not know that the first argument is Numba's own
-_OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+# Sums may be taken in vectors, and nothing else is rearranged: with "contract" and "nsz" as well, the code that a
+# process has just compiled and the code that later ones read from the disk differed in the last bits of their results.
+_OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "fastmath": {"reassoc"}}
 try:
     njit(**_OPTIONS)(lambda: None)
 except RuntimeError:  # neither this folder nor the user's cache can be written: compiled anew in each process

@@ -1,10 +1,13 @@
 """Few tokens in one compiled function: the same numbers as layer by layer."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GemmaConfig, GemmaModel
@@ -101,6 +104,34 @@ assert torch.get_num_threads() == {threads}, torch.get_num_threads()
 def test_torch_keeps_its_number_of_threads(threads: int) -> None:
     """Numba and torch share OpenMP's settings; in a fresh process, where Numba starts its threads."""
     subprocess.run([sys.executable, "-c", THREADS.format(threads=threads)], check=True)
+
+
+LAYERS = """
+import sys
+import torch
+from transformers.models.gemma import GemmaConfig, GemmaModel
+from dtvla.policy import fused
+torch.manual_seed(0)
+torch.set_num_threads(1)
+sizes = dict(vocab_size=8, hidden_size=128, num_hidden_layers=4, intermediate_size=512)
+heads = dict(num_attention_heads=4, num_key_value_heads=1, head_dim=32)
+language = GemmaModel(GemmaConfig(**sizes, **heads, attn_implementation="eager")).eval()
+x, rotation = torch.randn(1, 128), (torch.randn(1, 1, 1, 32), torch.randn(1, 1, 1, 32))
+cache = torch.randn(4, 1, 64, 1, 32), torch.randn(4, 1, 64, 1, 32)
+hidden = fused.Fused(language)(x, rotation, cache, torch.tensor([[40]]), torch.tensor([[41]]))
+sys.stdout.buffer.write(b"".join(part.detach().numpy().tobytes() for part in (hidden, *cache)))
+"""
+
+
+@pytest.mark.slow
+def test_the_process_that_compiles_calculates_as_those_that_read_its_code(tmp_path: Path) -> None:
+    """Bit for bit: a run interrupted on a fresh machine goes on with the code that its first process compiled."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", LAYERS]
+    compiled, read = (subprocess.run(command, check=True, env=environment, capture_output=True).stdout for _ in "ab")
+    assert list(tmp_path.rglob("*.nbi")), "the code is kept"
+    assert len(compiled) == 4 * (128 + 2 * 4 * 64 * 32)
+    assert (np.frombuffer(compiled, np.float32) == np.frombuffer(read, np.float32)).all()
 
 
 def test_what_the_compiled_code_does_not_know_is_left_to_the_layers(make_policy: Callable[..., Policy]) -> None:
