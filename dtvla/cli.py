@@ -26,7 +26,7 @@ COMMANDS = {
     "compare": "two evaluations over the same init states: difference with interval, McNemar's paired test",
     "report": "write a report of a training run and its evaluations",
     "export": "write a checkpoint in the published or in dtvla's format, with adapters merged; push it to a hub",
-    "benchmark": "measure: latency, throughput, rollout, parity",
+    "benchmark": "measure: latency, throughput, rollout, parity, training, memory, grpo",
 }
 USER_ERROR_EXIT_CODE = 2
 INTERRUPT_EXIT_CODE = 130

@@ -6,7 +6,6 @@ decision that was executed as often. What they sample differs, as their random n
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import statistics
 import sys
@@ -18,28 +17,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dtvla.benchmarks.grpo_agreement import agreement
 from dtvla.benchmarks.grpo_ours import OurSchedule, dealt_rewards
 from dtvla.benchmarks.grpo_published import PublishedSchedule, real_and_dead
 from dtvla.benchmarks.grpo_settings import Settings
+from dtvla.benchmarks.models import fresh_policy, twin
 from dtvla.benchmarks.target import Target
 from dtvla.benchmarks.timing import TOTAL, Timing, synchronize
-from dtvla.data.normalization import Statistics
 from dtvla.learning.advantages import group_advantages
-from dtvla.policy import build
-from dtvla.policy.model import HybridVLA, configure
+from dtvla.policy.model import configure
 from dtvla.policy.placement import place, type_name
 from dtvla.policy.policy import Policy
-from dtvla.policy.vocabulary import TAGS
 from dtvla.rollout.groups import Collection
 from dtvla.sim.suites import get_tasks
 
 __all__ = ["Settings", "grpo"]
 
 OURS, PUBLISHED = "ours", "published"
-FRAMES, STATE_DIM = 100, 8  # of random statistics
 TARGETS = [Target("iteration: published / ours", True, 5.0)]
 
 
@@ -80,7 +75,7 @@ class Sides:
             layout = dataclasses.replace(layout, max_thought_tokens=settings.thought_length - 4)
             policy.processor = dataclasses.replace(policy.processor, layout=layout)
         self.policy, self.device = policy, device
-        self.published = PublishedSchedule(Policy(_twin(policy.model), policy.processor), settings, room)
+        self.published = PublishedSchedule(Policy(twin(policy.model), policy.processor), settings, room)
         if not settings.checkpoint:
             configure(policy.model, settings.model)
         self.ours = OurSchedule(policy, settings, folder)
@@ -200,26 +195,14 @@ def _shapes(sides: Sides) -> dict[str, Any]:
     }
 
 
-def _twin(model: HybridVLA) -> HybridVLA:
-    """Modules of its own over the same weights, as transformers computes them."""
-    shared: list[Tensor] = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-
-
 def _policy(settings: Settings, device: torch.device) -> Policy:
-    """A saved policy, or the ``model`` group's on random statistics, with a vocabulary of the size of real data."""
+    """A saved policy, or the ``model`` group's on random statistics."""
     if settings.checkpoint:
         policy = Policy.load(settings.checkpoint, device=device)
         policy.model.train()
         return policy
-    rng = np.random.default_rng(settings.seed)
-    model = {**settings.model, "seed": settings.seed}
-    model["vocabulary_size"] = model.get("vocabulary_size") or (
-        int(model["tokenizer_size"]) + int(model["action_bins"]) + len(TAGS)
-    )
-    frames = rng.normal(size=(FRAMES, STATE_DIM)), rng.uniform(-1, 1, size=(FRAMES, int(model["action_dim"])))
     tasks = get_tasks(settings.env["suite"], settings.env["task_ids"])
-    return build.fresh(model, [task.instruction for task in tasks], Statistics.from_frames(*frames), device)
+    return fresh_policy({**settings.model, "seed": settings.seed}, device, texts=[task.instruction for task in tasks])
 
 
 def _say(what: str) -> None:

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -21,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dtvla.benchmarks.live_bytes import GRADIENTS, KINDS, REST, STATES, WEIGHTS, LiveBytes, give_fake_weights
 from dtvla.benchmarks.memory_settings import METHODS, Case, Settings
+from dtvla.benchmarks.models import fresh_policy
 from dtvla.benchmarks.peak import Meter, give_back_freed
 from dtvla.benchmarks.processes import in_child
-from dtvla.data.normalization import Statistics
 from dtvla.learning.optim import OptimizerSettings, build_optimizer, gradient_norm
 from dtvla.learning.sft import SFTModule
-from dtvla.policy import adapters, build
+from dtvla.policy import adapters
 from dtvla.policy.layout import IGNORE, Batch, Example, Layout, Segment, stack
 from dtvla.policy.model import HybridVLA, configure
 from dtvla.policy.policy import Policy
@@ -34,8 +33,6 @@ from dtvla.policy.quantization import count
 
 __all__ = ["METHODS", "Case", "Settings", "measure", "memory", "predict"]
 
-INSTRUCTION = "put the black bowl in the bottom drawer of the cabinet and close it"  # libero_10 task 3
-FRAMES, STATE_DIM = 100, 8  # of random statistics
 MICRO_BATCHES = 2  # of a step: the second one meets whatever the first leaves behind
 
 
@@ -153,9 +150,7 @@ def _names(case: Case) -> dict[str, Any]:
 
 
 def _policy(settings: Mapping[str, Any], device: str) -> Policy:
-    rng = np.random.default_rng(0)
-    frames = rng.normal(size=(FRAMES, STATE_DIM)), rng.uniform(-1, 1, size=(FRAMES, int(settings["action_dim"])))
-    policy = build.fresh(settings, [INSTRUCTION], Statistics.from_frames(*frames), device)
+    policy = fresh_policy(settings, device)
     adapters.prepare(policy.model, settings)
     configure(policy.model, settings)
     return policy

@@ -14,7 +14,6 @@ from dtvla.cli import config_dir
 from dtvla.errors import UserError
 from dtvla.policy.adapters import LoraSettings
 from dtvla.policy.placement import place
-from dtvla.policy.vocabulary import TAGS
 
 CHECKPOINTING = {"gradient_checkpointing": True}
 LORA = {"lora": {"r": LoraSettings.r, "alpha": LoraSettings.alpha, "dropout": LoraSettings.dropout}}
@@ -64,11 +63,8 @@ class Case:
         return self.optimizer == "adamw" and "quantize" not in METHODS[self.method][1]
 
     def model_settings(self) -> dict[str, Any]:
-        """The ``model`` group with the method's changes, and a vocabulary as large as real data's."""
-        model = dict(self.model)
-        if not model.get("vocabulary_size"):  # one sentence would make the output layer too small
-            model["vocabulary_size"] = int(model["tokenizer_size"]) + int(model["action_bins"]) + len(TAGS)
-        return {**model, **METHODS[self.method][1], "checkpoint": None, "seed": 0}
+        """The ``model`` group with the method's changes."""
+        return {**self.model, **METHODS[self.method][1], "checkpoint": None, "seed": 0}
 
 
 @dataclass(frozen=True)

@@ -7,24 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dtvla.benchmarks.models import INSTRUCTION, fresh_policy, random_statistics
 from dtvla.benchmarks.published_way import PublishedWay
 from dtvla.benchmarks.settings import Settings
 from dtvla.benchmarks.timing import Mark
-from dtvla.data.normalization import Statistics
 from dtvla.errors import UserError
-from dtvla.policy import build
 from dtvla.policy.decoding import Engine, Thought
 from dtvla.policy.layout import Layout
 from dtvla.policy.model import DECODER_KEY, HybridVLA, configure
 from dtvla.policy.policy import Policy, build_policy
-from dtvla.policy.vocabulary import TAGS, Vocabulary
+from dtvla.policy.vocabulary import Vocabulary
 
-INSTRUCTION = "put the black bowl in the bottom drawer of the cabinet and close it"  # libero_10 task 3
-FRAMES, STATE_DIM = 100, 8  # of the random statistics of a model with fresh weights
 SHORT_THOUGHT = 3  # <think></think><action>
 TEXT_SIZES = (
     "hidden_size",
@@ -187,18 +183,12 @@ def _policy(settings: Settings, device: torch.device, dtype: torch.dtype) -> Pol
     """A saved policy, or the ``model`` group's on random statistics; fresh weights are drawn on the device."""
     if settings.checkpoint:
         return Policy.load(settings.checkpoint, device=device, dtype=dtype)
-    rng = np.random.default_rng(settings.seed)
     model = dict(settings.model) | {"seed": settings.seed}
-    frames = rng.normal(size=(FRAMES, STATE_DIM)), rng.uniform(-1, 1, size=(FRAMES, int(model["action_dim"])))
-    statistics = Statistics.from_frames(*frames)
     if model["checkpoint"]:
-        policy = build_policy(model, [INSTRUCTION], statistics)
+        policy = build_policy(model, [INSTRUCTION], random_statistics(int(model["action_dim"]), settings.seed))
         torch.nn.Module.to(policy.model, device=device, dtype=dtype)
         return policy
-    if not model.get("vocabulary_size"):
-        # A tokenizer of real data fills its table; the one sentence here would make the output layer too small.
-        model["vocabulary_size"] = int(model["tokenizer_size"]) + int(model["action_bins"]) + len(TAGS)
-    policy = build.fresh(model, [INSTRUCTION], statistics, device, dtype)
+    policy = fresh_policy(model, device, dtype)
     configure(policy.model, model)
     give_text(policy.model, policy.processor.layout.vocabulary, torch.Generator().manual_seed(settings.seed))
     return policy

@@ -7,7 +7,6 @@ of a run of rows sees, and computes the last layer and the logits where a token 
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,23 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from dtvla.benchmarks.models import INSTRUCTION, fresh_policy, twin
 from dtvla.benchmarks.peak import Meter, give_back_freed
 from dtvla.benchmarks.processes import in_child
 from dtvla.benchmarks.target import Target
 from dtvla.benchmarks.timing import TOTAL, Mark, interleave
 from dtvla.data.grouping import Cut
-from dtvla.data.normalization import Statistics
 from dtvla.errors import UserError
 from dtvla.learning.flops import peak_flops, training_flops, work_of
-from dtvla.policy import build
 from dtvla.policy.layout import Batch, Layout, stack
 from dtvla.policy.loss import sft_loss
 from dtvla.policy.model import HybridVLA, configure
 from dtvla.policy.placement import DTYPES, place, type_name
-from dtvla.policy.vocabulary import TAGS
 
-INSTRUCTION = "put the black bowl in the bottom drawer of the cabinet and close it"  # libero_10 task 3
-FRAMES, STATE_DIM = 100, 8  # of random statistics
 OURS, PLAIN = "ours", "plain"
 MICRO_BATCH = {"cpu": 4, "cuda": 8}
 TARGETS = {
@@ -111,22 +106,16 @@ class Subject:
         self.settings = settings
         self.device, self.dtype = place(settings.device, settings.dtype)
         model = {**settings.model, "seed": settings.seed}
-        # A tokenizer of real data fills its table; the one sentence here would make the output layer too small.
-        model["vocabulary_size"] = model.get("vocabulary_size") or (
-            int(model["tokenizer_size"]) + int(model["action_bins"]) + len(TAGS)
-        )
-        rng = np.random.default_rng(settings.seed)
-        frames = rng.normal(size=(FRAMES, STATE_DIM)), rng.uniform(-1, 1, size=(FRAMES, int(model["action_dim"])))
-        policy = build.fresh(model, [INSTRUCTION], Statistics.from_frames(*frames), self.device)
+        policy = fresh_policy(model, self.device)
         self.layout = policy.processor.layout
         passes = make_passes(self.layout, settings, tuple(policy.processor.images.cameras))
         self.passes = {side: [part.to(self.device) for part in passes[side]] for side in sides}
         self.tokens = sum(part.tokens for part in passes[OURS])
         self.model = policy.model
         self.flops = training_flops(self.model)
-        self.models: dict[str, HybridVLA] = {side: _twin(policy.model) for side in sides}
-        for side, twin in self.models.items():
-            configure(twin, model | {"compile": settings.compile} if side == OURS else {"decoder": twin.decoder})
+        self.models: dict[str, HybridVLA] = {side: twin(policy.model) for side in sides}
+        for side, own in self.models.items():
+            configure(own, model | {"compile": settings.compile} if side == OURS else {"decoder": own.decoder})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def losses(self, side: str) -> Iterator[Tensor]:
@@ -231,12 +220,6 @@ def make_passes(layout: Layout, settings: Settings, cameras: tuple[str, ...]) ->
         ]
         for name, parts in cuts.items()
     }
-
-
-def _twin(model: HybridVLA) -> HybridVLA:
-    """Modules of its own over the same weights."""
-    shared: list[Tensor] = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def _activations(settings: Settings, side: str) -> int:

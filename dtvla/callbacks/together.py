@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,8 +32,20 @@ def together[T](trainer: Trainer, share: Callable[[], T]) -> list[T]:
         with stopping.interruptible(trainer):
             return share()
 
-    try:
+    with stopped_by_others():
         return agree(exchange, act)
+
+
+@contextmanager
+def stopped_by_others() -> Iterator[None]:
+    """Work that ranks agree on: when another rank was asked to stop, so was this one.
+
+    Raises:
+        stopping.Stopped: a rank was asked to stop.
+        RuntimeError: another rank's work failed.
+    """
+    try:
+        yield
     except Abandoned as error:
         if error.stopped:
             raise stopping.Stopped from None

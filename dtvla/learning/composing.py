@@ -30,13 +30,34 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
 
 
-def problem(check: Callable[[], object]) -> list[str]:
-    """What a check has to say against the settings: one message, or none."""
-    try:
-        check()
-    except UserError as error:
-        return [str(error)]
-    return []
+def check(cfg: DictConfig, *checks: Callable[[], object]) -> None:
+    """Check what every training needs, and last of all whether the weights are there that it starts from.
+
+    Args:
+        cfg: the whole configuration.
+        checks: what this kind of training needs besides; each raises :class:`UserError`.
+
+    Raises:
+        UserError: naming everything that is absent or unfit at once.
+    """
+    from dtvla.data.grouping import Cut
+    from dtvla.policy.hub import locate
+    from dtvla.policy.quantization import check_bits
+
+    problems: list[str] = []
+
+    def ask(one: Callable[[], object]) -> None:
+        try:
+            one()
+        except UserError as error:
+            problems.append(str(error))
+
+    for one in (lambda: optimizer(cfg), lambda: Cut(**passes(cfg)), lambda: check_bits(cfg.model.quantize), *checks):
+        ask(one)
+    if cfg.model.checkpoint:  # nothing is downloaded for a run that can't begin
+        ask(lambda: locate(str(cfg.model.checkpoint), download=not problems))
+    if problems:
+        raise UserError("; and ".join(problems))
 
 
 def optimizer(cfg: DictConfig) -> OptimizerSettings:

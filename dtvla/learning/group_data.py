@@ -13,12 +13,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dtvla.callbacks import stopping
 from dtvla.callbacks.progress import PhaseProgressBar
-from dtvla.callbacks.together import exchange
+from dtvla.callbacks.together import exchange, stopped_by_others
 from dtvla.errors import UserError, check_keys
 from dtvla.rollout.group_files import folder_of, read_collected
 from dtvla.rollout.group_settings import GroupSettings
 from dtvla.rollout.groups import Collection, GroupCollector
-from dtvla.rollout.ranks import Abandoned
 
 if TYPE_CHECKING:
     from dtvla.policy.policy import Policy
@@ -96,11 +95,8 @@ class GroupDataModule(LightningDataModule):
         episodes = -(-self.settings.groups // trainer.world_size) * self.settings.group_size  # of one round
         bar = progress.open_phase("episodes", episodes) if isinstance(progress, PhaseProgressBar) else None
         try:
-            return self._collector.collect(policy, iteration, weights, lambda _: bar.update(1) if bar else None)
-        except Abandoned as error:
-            if error.stopped:
-                raise stopping.Stopped from None
-            raise
+            with stopped_by_others():
+                return self._collector.collect(policy, iteration, weights, lambda _: bar.update(1) if bar else None)
         finally:
             if bar:
                 bar.close()

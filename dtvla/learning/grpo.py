@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 
 KL_WEIGHT = "dtvla_kl_weight"
-ADAPTATION = 0.2  # largest relative change of the KL weight in an optimiser step
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class GRPOModule(PolicyModule):
                 differ from those of sampling.
         """
         start = weights_digest(policy.model.named_parameters())
-        super().__init__(policy, optimizer, data_fingerprint=start, seed=seed)
+        super().__init__(policy, optimizer, start=start, seed=seed)
         self.data, self.recipe, self.objective, self.cut, self.stop = data, recipe, objective, cut, stop
         self.sampling = Sampling(data.settings.temperature, data.settings.action_temperature)
         self.reference = reference
@@ -163,7 +162,8 @@ class GRPOModule(PolicyModule):
         if place == self.recipe.steps - 1:
             values |= {f"time/{phase}_s": seconds for phase, seconds in self._seconds.items()}
         self._log(values)
-        self._adapt(metrics["kl"])
+        if self.recipe.kl_target is not None:
+            self.objective = self.objective.towards(self.recipe.kl_target, metrics["kl"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the KL weight, which may have been adapted."""
@@ -217,13 +217,6 @@ class GRPOModule(PolicyModule):
         loss = total.pop("objective")
         means = {name: value / tokens["tokens"] for name, value in total.items()}
         return {"loss": loss, **means, "log_ratio_max": largest, **tokens}
-
-    def _adapt(self, kl: float) -> None:
-        """Turn the KL weight towards the target (after Ziegler et al., 2019)."""
-        target = self.recipe.kl_target
-        if target is not None:
-            error = min(max(kl / target - 1, -1), 1)
-            self.objective = replace(self.objective, kl_weight=self.objective.kl_weight * (1 + ADAPTATION * error))
 
     def _log(self, values: dict[str, float]) -> None:
         """Log what was measured in this step; Lightning's own log would repeat what belongs to earlier ones."""

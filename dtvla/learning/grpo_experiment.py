@@ -9,7 +9,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from dtvla.errors import UserError
-from dtvla.learning.composing import made, optimizer, passes, plain, problem, say_size
+from dtvla.learning.composing import check, made, optimizer, passes, plain, say_size
 
 if TYPE_CHECKING:
     from dtvla.learning.group_data import GroupDataModule
@@ -26,28 +26,19 @@ def open_inputs(cfg: DictConfig) -> GroupDataModule:
     Raises:
         UserError: naming everything that is absent or unfit at once.
     """
-    from dtvla.data.grouping import Cut
     from dtvla.learning.group_data import GroupDataModule
     from dtvla.learning.reference import ReferenceSettings
-    from dtvla.policy.hub import locate
-    from dtvla.policy.quantization import check_bits
 
     data = made(cfg.data)
     if not isinstance(data, GroupDataModule):
         raise UserError("data: GRPO learns from its own episodes; use data=rollouts")
-    problems = problem(lambda: optimizer(cfg)) + problem(lambda: Cut(**passes(cfg)))
-    problems += problem(lambda: _check_steps(cfg, data)) + problem(lambda: _objective(cfg))
-    problems += problem(lambda: ReferenceSettings.from_dict(plain(cfg.algorithm.reference)))
-    problems += problem(lambda: check_bits(cfg.algorithm.reference.quantize))
-    if not cfg.model.checkpoint:
-        problems.append(
-            "model.checkpoint: null, but GRPO refines a trained policy; name its folder, such as that of "
-            "dtvla train +experiment=libero_cot_sft"
-        )
-    else:
-        problems += problem(lambda: locate(str(cfg.model.checkpoint), download=not problems))
-    if problems:
-        raise UserError("; and ".join(problems))
+    check(
+        cfg,
+        lambda: _check_steps(cfg, data),
+        lambda: _objective(cfg),
+        lambda: ReferenceSettings.from_dict(plain(cfg.algorithm.reference)),
+        lambda: _check_start(cfg),
+    )
     return data
 
 
@@ -122,6 +113,14 @@ def _reference(cfg: DictConfig, policy: Policy) -> Reference | None:
     if not cfg.algorithm.kl.weight:
         return None
     return Reference(policy, ReferenceSettings.from_dict(plain(cfg.algorithm.reference)))
+
+
+def _check_start(cfg: DictConfig) -> None:
+    if not cfg.model.checkpoint:
+        raise UserError(
+            "model.checkpoint: null, but GRPO refines a trained policy; name its folder, such as that of "
+            "dtvla train +experiment=libero_cot_sft"
+        )
 
 
 def _check_steps(cfg: DictConfig, data: GroupDataModule) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtvla.callbacks.together import exchange
 from dtvla.errors import UserError
 from dtvla.learning.advantages import group_advantages, rewards, token_weights, well_formed
 from dtvla.learning.decisions import PolicyBatch, collate_decisions, encode_decision
@@ -117,11 +118,7 @@ class Iteration:
         for part in cut.passes(self._lengths_B):
             found_M = log_probs(self._collate(part, cut).to(device)).cpu()
             own |= dict(zip(part.tolist(), found_M.split([self._examples[b].tokens for b in part]), strict=True))
-        shares: list[dict[int, Tensor]] = [own]
-        if torch.distributed.is_initialized():
-            shares = [{}] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(shares, own)
-        found = {b: values for share in shares for b, values in share.items()}
+        found = {b: values for share in exchange(own) for b, values in share.items()}
         self._reference = [found[b] for b in range(len(self._examples))]
         self.rewards_N = self._rewards()
 

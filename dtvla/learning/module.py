@@ -36,7 +36,13 @@ class PolicyModule(LightningModule):
     """
 
     def __init__(
-        self, policy: Policy, optimizer: OptimizerSettings, *, data_fingerprint: str = "", seed: int = 0
+        self,
+        policy: Policy,
+        optimizer: OptimizerSettings,
+        *,
+        data_fingerprint: str = "",
+        start: str | None = None,
+        seed: int = 0,
     ) -> None:
         """Take the policy's model for training; parts with learning rate 0 are frozen.
 
@@ -44,6 +50,8 @@ class PolicyModule(LightningModule):
             policy: model and processor.
             optimizer: settings of AdamW and its schedule.
             data_fingerprint: of the data; checkpoints of other data are refused.
+            start: digest of the weights that training starts from, if a resumed run needs the same ones; an adapted
+                model always needs those under its adapter.
             seed: of dropout.
 
         Raises:
@@ -55,6 +63,7 @@ class PolicyModule(LightningModule):
         self.model = policy.model
         self.settings = optimizer
         self.data_fingerprint = data_fingerprint
+        self.start = start
         self.seed = seed
         self.validated_step = -1
         freeze_parts(self.model, optimizer)
@@ -63,8 +72,7 @@ class PolicyModule(LightningModule):
     def configure_model(self) -> None:
         """Share the weights out where the strategy does; changes nothing the second time."""
         if self.device_mesh is not None:
-            if has_adapter(self.model):
-                _ = self._base_digest  # of whole weights
+            _ = self._start_digest  # of whole weights
             shard(self.model, self.device_mesh["data_parallel"], str(self.trainer.precision))
 
     def configure_optimizers(self) -> Any:
@@ -125,16 +133,16 @@ class PolicyModule(LightningModule):
                 self.manual_backward(value) if attached else value.backward()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember what the weights were trained with: data, tokenizer, statistics, pictures, an adapter's base."""
+        """Remember what the weights were trained with: data, tokenizer, statistics, pictures, the start."""
         checkpoint[FINGERPRINTS] = self._fingerprints()
         if has_adapter(self.model):
             weights = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: weights[name] for name in weights if is_adapter(name)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to continue on other data or another base model; :class:`UserError`."""
+        """Refuse to continue on other data or from another start; :class:`UserError`."""
         before, now = checkpoint.get(FINGERPRINTS, {}), self._fingerprints()
-        if before.get("base") != now.get("base"):
+        if before.get("start") != now.get("start"):
             raise UserError(
                 "resume: the model in model.checkpoint changed since this run began; restore it, or train under "
                 "another name=..."
@@ -146,12 +154,13 @@ class PolicyModule(LightningModule):
 
     def _fingerprints(self) -> dict[str, str]:
         values = {"data": self.data_fingerprint, "processor": processor_digest(self.policy.processor)}
-        return {**values, "base": self._base_digest} if has_adapter(self.model) else values
+        return {**values, "start": self._start_digest} if self._start_digest else values
 
     @cached_property
-    def _base_digest(self) -> str:
-        """Of the weights that an adapted model keeps."""
-        return weights_digest((n, weight) for n, weight in self.model.named_parameters() if not is_adapter(n))
+    def _start_digest(self) -> str | None:
+        if self.start is None and has_adapter(self.model):
+            return weights_digest((n, weight) for n, weight in self.model.named_parameters() if not is_adapter(n))
+        return self.start
 
 
 def processor_digest(processor: Processor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from dtvla.policy.log_probs import Sampling, score_tokens
 from dtvla.policy.model import HybridVLA, supervised_places
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
+ADAPTATION = 0.2  # largest relative change of the KL weight in an optimiser step
 FARTHEST = 10.0  # of log-ratios to the reference
 FARTHEST_STEP = 20.0  # of log-ratios to the sampling policy: their exponential stays finite, and so does its gradient
 
@@ -58,6 +59,16 @@ class Objective:
         ):
             if not 0 <= value < math.inf:
                 raise UserError(f"algorithm.{name}: {value} is not a number of at least 0")
+
+    def towards(self, target: float, kl: float) -> Objective:
+        """With a KL weight that moves the divergence towards a target (Ziegler et al., 2019, section 2.2).
+
+        Args:
+            target: divergence per token.
+            kl: that of the last optimiser step.
+        """
+        error = min(max(kl / target - 1, -1), 1)
+        return replace(self, kl_weight=self.kl_weight * (1 + ADAPTATION * error))
 
     def score(
         self,

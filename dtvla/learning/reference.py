@@ -44,6 +44,7 @@ class ReferenceSettings:
 
     def __post_init__(self) -> None:
         """Check the values; :class:`UserError`."""
+        quantization.check_bits(self.quantize, "algorithm.reference.quantize")
         if self.quantize is not None and self.offload:
             raise UserError("algorithm.reference: quantize and offload are both set; choose one")
 
@@ -100,9 +101,11 @@ class Reference:
             return
         if not self._sharded:  # else each layer moves by itself
             nn.Module.to(self._copy, self._trained.device)
-        yield self._copy
-        if self.settings.offload and not self._sharded:
-            nn.Module.to(self._copy, "cpu")
+        try:
+            yield self._copy
+        finally:
+            if self.settings.offload and not self._sharded:
+                nn.Module.to(self._copy, "cpu")
 
 
 def _other(policy: Policy, checkpoint: str) -> HybridVLA:

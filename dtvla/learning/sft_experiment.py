@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from dtvla.errors import UserError
-from dtvla.learning.composing import made, optimizer, passes, plain, problem, say, say_size
+from dtvla.learning.composing import check, made, optimizer, passes, plain, say, say_size
 
 if TYPE_CHECKING:
     from dtvla.data.datamodule import DemonstrationDataModule
@@ -20,22 +20,8 @@ def open_inputs(cfg: DictConfig) -> DemonstrationDataModule:
     Raises:
         UserError: naming everything that is absent or unfit at once.
     """
-    from dtvla.data.grouping import Cut
-    from dtvla.policy.hub import locate
-    from dtvla.policy.quantization import check_bits
-
     data: DemonstrationDataModule = made(cfg.data)
-    problems = problem(lambda: optimizer(cfg)) + problem(lambda: Cut(**passes(cfg)))
-    problems += problem(lambda: check_bits(cfg.model.quantize))
-    if cfg.model.get("lora") and not cfg.model.checkpoint:
-        problems.append(
-            "model.lora: adapts a trained model, but model.checkpoint is null; set it, or use model/lora=none"
-        )
-    problems += problem(lambda: data.demonstrations)
-    if cfg.model.checkpoint:  # nothing is downloaded for a run that can't begin
-        problems += problem(lambda: locate(str(cfg.model.checkpoint), download=not problems))
-    if problems:
-        raise UserError("; and ".join(problems))
+    check(cfg, lambda: _check_start(cfg), lambda: data.demonstrations)
     return data
 
 
@@ -60,3 +46,10 @@ def module(cfg: DictConfig, data: DemonstrationDataModule, start_step: int) -> S
     )
     say_size(cfg.model.name, result.model)
     return result
+
+
+def _check_start(cfg: DictConfig) -> None:
+    if cfg.model.get("lora") and not cfg.model.checkpoint:
+        raise UserError(
+            "model.lora: adapts a trained model, but model.checkpoint is null; set it, or use model/lora=none"
+        )

@@ -51,10 +51,10 @@ def quantize(model: HybridVLA, bits: str, compute_dtype: torch.dtype | None = No
     setattr(model, f"is_loaded_in_{bits}", True)  # peft looks at it to choose its layers
 
 
-def check_bits(bits: str | None) -> None:
-    """Refuse an unknown number of bits; :class:`UserError`."""
+def check_bits(bits: str | None, setting: str = "model.quantize") -> None:
+    """Refuse an unknown number of bits; :class:`UserError` that names the setting."""
     if bits is not None and bits not in BITS:
-        raise UserError(f"quantize: {bits!r} is unknown; use null, {' or '.join(BITS)}")
+        raise UserError(f"{setting}: {bits!r} is unknown; use null, {' or '.join(BITS)}")
 
 
 def bits_of(model: nn.Module) -> str | None:

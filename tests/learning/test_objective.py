@@ -314,3 +314,33 @@ def test_bad_settings_are_named(settings: dict[str, float], name: str) -> None:
 
 def test_all_estimators_are_tested() -> None:
     assert {objective.kl_estimator for objective in OBJECTIVES.values() if objective.kl_weight} == set(KL_ESTIMATORS)
+
+
+def divergence_after_training(policy: Policy, target: float | None) -> tuple[float, float]:
+    """Mean divergence of the last steps of a training that wants some tokens and not others, and the last KL weight."""
+    samples, rng = encoded(policy, np.random.default_rng(1))[::3], np.random.default_rng(2)
+    batch = batch_of(policy, samples, rng.normal(size=len(samples)), np.full(len(samples), 1 / len(samples)))
+    learned_BT, layout = batch.labels_BT != IGNORE, policy.processor.layout
+    objective, found = Objective(kl_weight=0.01), []
+    optimizer = torch.optim.Adam(policy.model.parameters(), lr=1e-3)
+    for step in range(200):
+        with torch.no_grad():  # each step is an iteration: its tokens are those of the policy as it is
+            batch.old_BT[learned_BT] = token_log_probs(policy.model, batch, layout, SAMPLING).float()
+            if step == 0:
+                batch.reference_BT = batch.old_BT.clone()
+        sums = policy_loss(policy.model, batch, layout, SAMPLING, objective)
+        optimizer.zero_grad()
+        sums.objective.backward()
+        optimizer.step()
+        found.append(float(sums.kl) / float(sums.tokens))
+        if target is not None:
+            objective = objective.towards(target, found[-1])
+    return float(np.mean(found[-50:])), objective.kl_weight
+
+
+def test_a_target_holds_the_policy_near_its_reference(make_policy: Callable[..., Policy]) -> None:
+    free, unchanged = divergence_after_training(talkative(make_policy), None)
+    held, weight = divergence_after_training(talkative(make_policy), 0.02)
+    assert unchanged == 0.01 < weight
+    assert free > 0.1
+    assert held == pytest.approx(0.02, rel=0.5)
