@@ -21,6 +21,8 @@ from dtvla.errors import UserError
 COMMANDS = {
     "doctor": "is this machine fit? versions, GPU, renderer, LIBERO's assets, MuJoCo drift, disk",
     "collect": "make demonstrations: a scripted expert with thoughts, or LIBERO's own replayed (source=hdf5)",
+    "annotate": "thoughts for a dataset: by the simulator's state, an endpoint or a policy; checked, with provenance",
+    "review": "look at thoughts in the browser: accept, edit or reject them",
     "train": "fine-tune a policy, e.g. +experiment=libero_cot_sft",
     "evaluate": "run a checkpoint in LIBERO: success rates with intervals, videos with thoughts",
     "compare": "two evaluations over the same init states: difference with interval, McNemar's paired test",

@@ -16,6 +16,7 @@ def collate(
     thoughts: Sequence[str | None],
     actions_BSD: Tensor,
     pack_tokens: int | None = None,
+    acts: bool = True,
 ) -> Batch:
     """Encode B samples.
 
@@ -26,9 +27,10 @@ def collate(
         thoughts: B thoughts without tags; None makes a sample without one.
         actions_BSD: float32 action chunks, normalised.
         pack_tokens: lay all samples in one row of so many tokens; None gives each a row, padded to the longest.
+        acts: whether sequences go on behind the thought, see :meth:`~dtvla.policy.layout.Layout.encode`.
     """
     samples = zip(instructions, thoughts, actions_BSD, strict=True)
-    examples = [layout.encode(text, thought, actions_SD, truncate=True) for text, thought, actions_SD in samples]
+    examples = [layout.encode(*sample, truncate=True, acts=acts) for sample in samples]
     pad_id = layout.vocabulary.pad_id
     tokens = stack(examples, pad_id) if pack_tokens is None else pack(examples, pad_id, pack_tokens)
     return Batch(pixels_BNCHW=pixels_BNCHW, actions_BSD=actions_BSD, **tokens)

@@ -28,6 +28,7 @@ from dtvla.policy.layout import Batch
 if TYPE_CHECKING:
     from dtvla.policy.policy import Processor
 
+FRAMES = ("all", "thoughts")
 AUGMENTATION_STREAM, DROPOUT_STREAM = 1, 2  # keep the two random draws of a step apart
 
 
@@ -48,6 +49,7 @@ class BatchDataset(Dataset[list[Batch]]):
         seed: int,
         augmentation: Augmentation | None = None,
         reasoning_dropout: float = 0.0,
+        acts: bool = True,
     ) -> None:
         """Normalise all actions once.
 
@@ -60,12 +62,14 @@ class BatchDataset(Dataset[list[Batch]]):
             seed: of augmentation and dropout.
             augmentation: of the main camera; None for pictures as in control.
             reasoning_dropout: share of samples that are shown without their thought.
+            acts: whether sequences go on behind the thought, as ``lengths`` has it.
         """
         self._demonstrations, self._pictures = demonstrations, pictures
         self._layout, self._images = processor.layout, processor.images
         self._actions_FD = processor.normalizer.normalize(torch.from_numpy(demonstrations.action_FD))
         self._lengths, self._cut = lengths, cut
         self._seed, self._augmentation, self._dropout = seed, augmentation, reasoning_dropout
+        self._acts = acts
 
     def __getitem__(self, key: BatchKey) -> list[Batch]:
         """This rank's passes, each a batch."""
@@ -90,6 +94,7 @@ class BatchDataset(Dataset[list[Batch]]):
             [None if bare_B[place] else self._demonstrations.thought(key.frames_B[place]) for place in places],
             self._actions_FD[torch.from_numpy(chunks_BS)],
             self._cut.pack_tokens,
+            self._acts,
         )
 
 
@@ -118,6 +123,8 @@ class DemonstrationDataModule(LightningDataModule):
         augment: bool | Augmentation = True,
         reasoning_dropout: float = 0.0,
         long_thoughts: str = "error",
+        frames: str = "all",
+        carry_thoughts: bool = False,
     ) -> None:
         """Remember the settings; nothing is read yet.
 
@@ -136,6 +143,8 @@ class DemonstrationDataModule(LightningDataModule):
             augment: True for the published augmentation, False for none, or other strengths.
             reasoning_dropout: share of training samples shown without their thought.
             long_thoughts: see :class:`~dtvla.data.lengths.SequenceLengths`.
+            frames: which are samples: ``all``, or those with ``thoughts`` alone.
+            carry_thoughts: see :class:`~dtvla.data.demonstrations.Demonstrations`; before frames are chosen.
 
         Raises:
             UserError: a setting out of range.
@@ -145,15 +154,22 @@ class DemonstrationDataModule(LightningDataModule):
             raise UserError(f"data.batch_size, data.num_workers: found {batch_size}, {num_workers}; use >= 1 and >= 0")
         if not 0 <= reasoning_dropout <= 1:
             raise UserError(f"data.reasoning_dropout: found {reasoning_dropout}; use a share from 0 to 1")
+        if frames not in FRAMES:
+            raise UserError(f"data.frames: {frames!r} is unknown; use {' or '.join(FRAMES)}")
+        if not thoughts and (carry_thoughts or frames != "all"):
+            raise UserError(
+                f"data.thoughts: false, but data.frames={frames}, data.carry_thoughts={carry_thoughts} need thoughts; "
+                "set data.thoughts=true"
+            )
         self.roots = [root] if isinstance(root, str | Path) else list(root)
         self.weights, self.cache, self.thought_tokenizer = weights, cache, thought_tokenizer
         self.cache_dir, self.download_dir = Path(cache_dir), Path(download_dir)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.val_fraction, self.thoughts, self.reasoning_dropout = val_fraction, thoughts, reasoning_dropout
         self.augmentation = Augmentation() if augment is True else augment or None
-        self.long_thoughts = long_thoughts
+        self.long_thoughts, self.frames, self.carry_thoughts = long_thoughts, frames, carry_thoughts
         self.start_step = 0
-        self._cut = Cut()
+        self._cut, self._acts = Cut(), True
         self._demonstrations: Demonstrations | None = None
         self._processor: Processor | None = None
 
@@ -163,19 +179,22 @@ class DemonstrationDataModule(LightningDataModule):
         if self._demonstrations is None:
             roots = [locate(root, self.download_dir) for root in self.roots]
             self._demonstrations = Demonstrations(
-                roots, thoughts=self.thoughts, thought_tokenizer=self.thought_tokenizer
+                roots,
+                thoughts=self.thoughts,
+                thought_tokenizer=self.thought_tokenizer,
+                carry_thoughts=self.carry_thoughts,
             )
         return self._demonstrations
 
     @property
     def train_frames(self) -> np.ndarray:
-        """Frame indices of the training episodes."""
-        return self.demonstrations.split(self.val_fraction, self.seed)[0]
+        """Frame indices of the training episodes, as far as they are samples."""
+        return self._samples(self.demonstrations.split(self.val_fraction, self.seed)[0])
 
     @property
     def val_frames(self) -> np.ndarray:
-        """Frame indices of the held-out episodes."""
-        return self.demonstrations.split(self.val_fraction, self.seed)[1]
+        """Frame indices of the held-out episodes, as far as they are samples."""
+        return self._samples(self.demonstrations.split(self.val_fraction, self.seed)[1])
 
     def attach(
         self,
@@ -184,6 +203,7 @@ class DemonstrationDataModule(LightningDataModule):
         *,
         micro_batch_size: int | None = None,
         pack_tokens: int | None = None,
+        acts: bool = True,
     ) -> list[str]:
         """Set what training needs to know of the policy.
 
@@ -192,16 +212,19 @@ class DemonstrationDataModule(LightningDataModule):
             start_step: number of the first training batch to make.
             micro_batch_size: samples of a forward pass; None for a rank's whole share of a batch.
             pack_tokens: length of packed rows, in place of ``micro_batch_size``.
+            acts: whether sequences go on behind the thought, see :meth:`~dtvla.policy.layout.Layout.encode`.
 
         Returns:
             Remarks for the user on the data.
 
         Raises:
-            UserError: an impossible size, a text longer than the policy admits, or actions unlike its statistics.
+            UserError: an impossible size, a text longer than the policy admits, actions unlike its statistics, or a
+                dataset that has no sample to train on or to validate with.
         """
         self._processor, self.start_step = processor, start_step
-        self._cut = Cut(micro_batch_size, pack_tokens)
-        self._lengths = SequenceLengths(self.demonstrations, processor.layout, self.long_thoughts)
+        self._cut, self._acts = Cut(micro_batch_size, pack_tokens), acts
+        self._check_samples()
+        self._lengths = SequenceLengths(self.demonstrations, processor.layout, self.long_thoughts, acts)
         if pack_tokens is not None and self._lengths.longest() > pack_tokens:
             longest = self._lengths.longest()
             raise UserError(f"algorithm.pack_tokens: {pack_tokens}, but the longest sample has {longest}; raise it")
@@ -246,9 +269,26 @@ class DemonstrationDataModule(LightningDataModule):
         frames_F = self.train_frames
         if self.weights is None:
             return TrainSampler(frames_F, self.batch_size, self.seed, self.start_step)
+        return MixtureSampler(self._by_dataset(frames_F), self.weights, self.batch_size, self.seed, self.start_step)
+
+    def _samples(self, frames_F: np.ndarray) -> np.ndarray:
+        return frames_F if self.frames == "all" else frames_F[self.demonstrations.thinks_F[frames_F]]
+
+    def _by_dataset(self, frames_F: np.ndarray) -> list[np.ndarray]:
+        """Ascending frame indices, apart for every dataset."""
         bounds = [part.stop for part in self.demonstrations.parts[:-1]]
-        parts = np.split(frames_F, np.searchsorted(frames_F, bounds))
-        return MixtureSampler(parts, self.weights, self.batch_size, self.seed, self.start_step)
+        return np.split(frames_F, np.searchsorted(frames_F, bounds))
+
+    def _check_samples(self) -> None:
+        """Refuse a dataset that :attr:`frames` leaves nothing of."""
+        sides = {"train on": self.train_frames} | ({"validate with": self.val_frames} if self.val_fraction else {})
+        for purpose, frames_F in sides.items():
+            for root, own_F in zip(self.demonstrations.roots, self._by_dataset(frames_F), strict=True):
+                if not len(own_F):
+                    raise UserError(
+                        f"data.frames: {self.frames}, but none of the frames of {root} to {purpose} has a thought; "
+                        "annotate more episodes, or set data.carry_thoughts=true or another data.val_fraction"
+                    )
 
     def _cut_for_rank(self) -> Cut:
         trainer = self.trainer
@@ -270,7 +310,7 @@ class DemonstrationDataModule(LightningDataModule):
         return FrameReader(self.demonstrations, images)
 
     def _dataset(self, cut: Cut, **options: Any) -> BatchDataset:
-        options["seed"] = self.seed
+        options |= {"seed": self.seed, "acts": self._acts}
         return BatchDataset(self.demonstrations, self.pictures, self.processor, self._lengths, cut, **options)
 
     def _loader(self, dataset: BatchDataset, sampler: Sampler[BatchKey]) -> DataLoader[list[Batch]]:

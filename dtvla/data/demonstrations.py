@@ -44,6 +44,7 @@ class Demonstrations:
         *,
         thoughts: bool = True,
         thought_tokenizer: str | Path | PreTrainedTokenizerFast | None = None,
+        carry_thoughts: bool = False,
     ) -> None:
         """Open the datasets and check that they are whole and fit together.
 
@@ -52,6 +53,8 @@ class Demonstrations:
             thoughts: whether the column ``reasoning`` is needed.
             thought_tokenizer: reads thoughts that are stored as token ids: a tokenizer, or the folder or hub id of
                 the checkpoint that has it. Not opened where thoughts are texts.
+            carry_thoughts: a thought stands until the next one of its episode: a frame without one has that of the
+                last frame before it that has.
 
         Raises:
             UserError: missing, of another format, truncated, or without the needed columns; or several datasets
@@ -74,6 +77,8 @@ class Demonstrations:
         )
         self.instructions, self.task_index_F = _merged([(f.instructions, f.task_index_F) for f in self._folders])
         self.thoughts, self.thought_index_F = _merged([(f.thoughts, f.thought_index_F) for f in self._folders])
+        if carry_thoughts:
+            self.thought_index_F = self._carried()
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -96,6 +101,11 @@ class Demonstrations:
     def thought(self, frame: int) -> str | None:
         """The thought at this frame without tags, None where there is none."""
         return self.thoughts[self.thought_index_F[frame]] or None
+
+    @property
+    def thinks_F(self) -> np.ndarray:
+        """bool, which frames have a thought."""
+        return np.array([bool(thought) for thought in self.thoughts])[self.thought_index_F]
 
     def texts(self) -> list[str]:
         """Every distinct instruction and thought, in a fixed order: what a tokenizer is trained on."""
@@ -173,6 +183,13 @@ class Demonstrations:
         """Where the pictures of every episode are, in dataset order."""
         pairs = zip(self._folders, self.parts, strict=True)
         return [span.moved(part.start) for folder, part in pairs for span in folder.picture_spans(camera)]
+
+    def _carried(self) -> np.ndarray:
+        """``thought_index_F`` with each thought standing until the next one of its episode."""
+        frames_F = np.arange(len(self))
+        start_F = np.repeat(self.starts_E, self.stops_E - self.starts_E)
+        latest_F = np.maximum.accumulate(np.where(self.thinks_F, frames_F, -1))
+        return self.thought_index_F[np.where(latest_F >= start_F, latest_F, frames_F)]
 
     def _check_agreement(self) -> None:
         first = self._folders[0]

@@ -18,13 +18,16 @@ class SequenceLengths:
         truncated: frames whose thought is cut.
     """
 
-    def __init__(self, demonstrations: Demonstrations, layout: Layout, long_thoughts: str = "error") -> None:
+    def __init__(
+        self, demonstrations: Demonstrations, layout: Layout, long_thoughts: str = "error", acts: bool = True
+    ) -> None:
         """Tokenise all texts.
 
         Args:
             demonstrations: the frames.
             layout: of the policy.
             long_thoughts: what happens to thoughts of more than ``layout.max_thought_tokens``: ``error``, ``truncate``.
+            acts: whether sequences go on behind the thought, see :meth:`~dtvla.policy.layout.Layout.encode`.
 
         Raises:
             UserError: an instruction or thought is too long.
@@ -36,7 +39,7 @@ class SequenceLengths:
             [[len(layout.prompt(text, thinking)) for text in tasks] for thinking in (False, True)]
         )
         self._tasks_F = demonstrations.task_index_F
-        self._actions = len(layout.act_block())
+        self._actions = len(layout.ending(acts))
         texts = demonstrations.thoughts if demonstrations.has_thoughts else [""]
         counts_U = np.array([len(ids) for ids in layout.tokens([text.strip() for text in texts])])
         thought_F = demonstrations.thought_index_F if demonstrations.has_thoughts else np.zeros_like(self._tasks_F)

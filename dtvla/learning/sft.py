@@ -34,6 +34,7 @@ class SFTModule(PolicyModule):
         data_fingerprint: str = "",
         seed: int = 0,
         action_smoothing_bins: float = 0.0,
+        acts: bool = True,
     ) -> None:
         """See :class:`~dtvla.learning.module.PolicyModule`.
 
@@ -43,6 +44,7 @@ class SFTModule(PolicyModule):
             data_fingerprint: of the dataset.
             seed: of dropout.
             action_smoothing_bins: see :func:`dtvla.policy.loss.sft_loss`; training only.
+            acts: whether batches have actions; without them there are metrics of thoughts alone.
 
         Raises:
             UserError: a setting is out of range, or nothing is left to train.
@@ -50,7 +52,7 @@ class SFTModule(PolicyModule):
         if action_smoothing_bins < 0:
             raise UserError(f"algorithm.loss.action_smoothing_bins: {action_smoothing_bins} is negative")
         super().__init__(policy, optimizer, data_fingerprint=data_fingerprint, seed=seed)
-        self.action_smoothing_bins = action_smoothing_bins
+        self.action_smoothing_bins, self.acts = action_smoothing_bins, acts
         self.train_metrics = TokenMetrics(policy.processor.normalizer)
         self.val_metrics = TokenMetrics(policy.processor.normalizer)
 
@@ -80,17 +82,22 @@ class SFTModule(PolicyModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
-        values = {f"val/{name}": value for name, value in self.val_metrics.compute().items()}
-        self.val_metrics.reset()
+        values = self._take(self.val_metrics, "val")
         self.log_dict({**values, "step": float(self.global_step)})
-        self.log("val_action_l1", values["val/action_l1"], prog_bar=True, logger=False)
+        shown = "action_l1" if self.acts else "thought_accuracy"
+        self.log(f"val_{shown}", values[f"val/{shown}"], prog_bar=True, logger=False)
         self.validated_step = self.global_step
 
     def _sums(self, batch: Batch, smoothing: float) -> LossSums:
         return sft_loss(self.model, batch, self.policy.processor.layout.bins, action_smoothing_bins=smoothing)
 
+    def _take(self, metrics: TokenMetrics, prefix: str) -> dict[str, Any]:
+        """Metrics since the last time, without those of actions where there are none."""
+        found = metrics.compute()
+        metrics.reset()
+        return {f"{prefix}/{name}": found[name] for name in found if self.acts or not name.startswith("action_")}
+
     def _log_window(self, norm: Tensor, rates: dict[str, float]) -> None:
-        values: dict[str, Any] = {f"train/{name}": value for name, value in self.train_metrics.compute().items()}
-        self.train_metrics.reset()
+        values = self._take(self.train_metrics, "train")
         self.log_dict({**values, **rates, "train/grad_norm": norm, "step": float(self.global_step)})
         self.log("loss", values["train/loss"], prog_bar=True, logger=False)

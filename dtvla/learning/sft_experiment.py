@@ -31,11 +31,11 @@ def module(cfg: DictConfig, data: DemonstrationDataModule, start_step: int) -> S
     from dtvla.policy import compat
     from dtvla.policy.policy import build_policy
 
-    demonstrations = data.demonstrations
+    demonstrations, acts = data.demonstrations, bool(cfg.algorithm.loss.actions)
     say(f"data: {demonstrations.root}, {demonstrations.episodes} episodes, {len(demonstrations)} frames")
     policy = build_policy(plain(cfg.model), demonstrations.texts(), demonstrations.statistics)
     compat.apply(policy, compat.Compat.from_config(plain(cfg.compat)))
-    for remark in data.attach(policy.processor, start_step, **passes(cfg)):
+    for remark in data.attach(policy.processor, start_step, acts=acts, **passes(cfg)):
         say(remark)
     result = SFTModule(
         policy,
@@ -43,12 +43,17 @@ def module(cfg: DictConfig, data: DemonstrationDataModule, start_step: int) -> S
         data_fingerprint=demonstrations.fingerprint,
         seed=int(cfg.seed),
         action_smoothing_bins=float(cfg.algorithm.loss.action_smoothing_bins),
+        acts=acts,
     )
     say_size(cfg.model.name, result.model)
     return result
 
 
 def _check_start(cfg: DictConfig) -> None:
+    if not cfg.algorithm.loss.actions and not cfg.data.thoughts:
+        raise UserError(
+            "algorithm.loss.actions: false leaves thoughts to learn, but data.thoughts is false; set one of them true"
+        )
     if cfg.model.get("lora") and not cfg.model.checkpoint:
         raise UserError(
             "model.lora: adapts a trained model, but model.checkpoint is null; set it, or use model/lora=none"

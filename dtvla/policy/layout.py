@@ -263,13 +263,23 @@ class Layout:
         words = self.vocabulary
         return [words.action_start_id, *[words.bos_id] * self.slots, words.action_end_id, words.eos_id]
 
+    def ending(self, acts: bool) -> list[int]:
+        """What follows a thought in training: the action block, or its first token alone."""
+        return self.act_block()[: None if acts else 1]
+
     def text(self, ids: Sequence[int]) -> str:
         """The words of a thought's ids, without control tokens."""
         control = set(self.vocabulary.control_ids)
         return str(self.tokenizer.decode([i for i in ids if i not in control])).strip()
 
     def encode(
-        self, instruction: str, thought: str | None, actions_SD: Tensor | None, *, truncate: bool = False
+        self,
+        instruction: str,
+        thought: str | None,
+        actions_SD: Tensor | None,
+        *,
+        truncate: bool = False,
+        acts: bool = True,
     ) -> Example:
         """The full training sequence of one sample.
 
@@ -279,16 +289,19 @@ class Layout:
                 request for one).
             actions_SD: normalised actions; None leaves the action slots without labels.
             truncate: cut a thought that is too long, instead of refusing it.
+            acts: whether the action block is there; otherwise the sequence ends with ``<action>``, which is how a
+                thought is told to be complete, and ``actions_SD`` is of no account.
 
         Raises:
             UserError: prompt or thought too long, or a thought with control tags.
             ValueError: actions of another shape.
         """
-        prefix, act = self.prompt(instruction, thinking=bool(thought)), self.act_block()
+        prefix, act = self.prompt(instruction, thinking=bool(thought)), self.ending(acts)
         think = self.thought(thought, truncate)
         ids_T = torch.tensor(prefix + think + act)
         counts = torch.tensor([len(prefix), len(think), len(act)])
         segment_T = torch.tensor([Segment.PREFIX, Segment.THINK, Segment.ACT]).repeat_interleave(counts)
+        actions_SD = actions_SD if acts else None
         first = len(prefix) + len(think) + 1
         slot_T = torch.zeros(len(ids_T), dtype=torch.bool)
         slot_T[first : first + self.slots] = True
