@@ -7,6 +7,7 @@ a test starts. `MUJOCO_GL` is left alone: dtvla chooses a renderer that works, o
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,12 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 (SCRATCH / "home").mkdir()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: a long one begun at the end would leave the other processes without work."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -79,6 +79,7 @@ def outcome(result: EpisodeResult) -> EpisodeResult:
     return replace(result, latency=[], video=None)
 
 
+@pytest.mark.slow
 @pytest.mark.sim
 def test_episodes_do_not_depend_on_workers_batches_or_filming(four: EnvPool, tmp_path: Path) -> None:
     finished: list[EpisodeResult] = []
