@@ -197,6 +197,8 @@ def test_a_run_is_not_continued_with_other_packages_or_another_arithmetic(checkp
         (["init_states=[-1]"], "init_states: -1 is not an init state"),
         (["init_states=[]"], "init_states: .* is empty or repeats"),
         (["init_states=[3,3]"], "init_states: .* is empty or repeats"),
+        (["seed=[0,0]"], "seed: found .0, 0.; give a whole number of at least 0, or a list of different ones"),
+        (["seed=-1"], "seed: found -1"),
         (["env.task_ids=[0,0]"], "env.task_ids: .0, 0. is empty or repeats a task"),
         (["env.render=none"], "env.render: none gives the policy no pictures"),
         (["env.render=best"], "render: 'best' is unknown; use full, draft or none"),

@@ -58,7 +58,7 @@ def make_plan(cfg: "DictConfig") -> Plan:
         "suite": env.suite,
         "task_ids": task_ids,
         "init_states": init_states,
-        "seed": int(cfg.seed),
+        "seed": _seed(cfg.seed),
         "max_steps": limit if env.max_steps is None else int(env.max_steps),
         **pool_settings(env),
         "cot": OmegaConf.to_container(cfg.cot, resolve=True),
@@ -87,6 +87,13 @@ def _init_states(setting: Sequence[int] | None, tasks: Sequence[Task]) -> list[i
             f"init_states: {found}; {fewest.suite} task {fewest.task_id} has 0 to {fewest.init_state_count - 1}"
         )
     return chosen
+
+
+def _seed(setting: int | Sequence[int]) -> int | list[int]:
+    found = [setting] if isinstance(setting, int | str) else list(setting)
+    if not found or len(set(found)) < len(found) or any(not isinstance(seed, int) or seed < 0 for seed in found):
+        raise UserError(f"seed: found {setting}; give a whole number of at least 0, or a list of different ones")
+    return setting if isinstance(setting, int) else found
 
 
 def _filmed(setting: int | Sequence[int], init_states: Sequence[int]) -> list[int]:
