@@ -75,11 +75,16 @@ def make_plan(cfg: "DictConfig") -> Plan:
     return Plan(source.folder, _output(cfg), specs, settings)
 
 
+def _listed(setting: object) -> list[Any]:
+    """What a setting holds that takes one value or several."""
+    return list(setting) if isinstance(setting, Sequence) and not isinstance(setting, str) else [setting]
+
+
 def _init_states(setting: Sequence[int] | None, tasks: Sequence[Task]) -> list[int]:
     fewest = min(tasks, key=lambda task: task.init_state_count)
     if setting is None:
         return list(range(fewest.init_state_count))
-    chosen = list(setting)
+    chosen = _listed(setting)
     wrong = [i for i in chosen if not isinstance(i, int) or not 0 <= i < fewest.init_state_count]
     if wrong or not chosen or len(set(chosen)) < len(chosen):
         found = f"{wrong[0]!r} is not an init state" if wrong else f"{chosen} is empty or repeats an init state"
@@ -90,7 +95,7 @@ def _init_states(setting: Sequence[int] | None, tasks: Sequence[Task]) -> list[i
 
 
 def _seed(setting: int | Sequence[int]) -> int | list[int]:
-    found = [setting] if isinstance(setting, int | str) else list(setting)
+    found = _listed(setting)
     if not found or len(set(found)) < len(found) or any(not isinstance(seed, int) or seed < 0 for seed in found):
         raise UserError(f"seed: found {setting}; give a whole number of at least 0, or a list of different ones")
     return setting if isinstance(setting, int) else found
@@ -100,7 +105,7 @@ def _filmed(setting: int | Sequence[int], init_states: Sequence[int]) -> list[in
     """The init states of every task to film."""
     if isinstance(setting, int) and setting >= 0:
         return list(init_states[:setting])
-    chosen = [setting] if isinstance(setting, int | str) else list(setting)
+    chosen = _listed(setting)
     if not set(chosen) <= set(init_states):
         raise UserError(
             f"record: {setting} is neither a number of episodes nor some of the init states {list(init_states)}"
