@@ -7,6 +7,7 @@ a test starts. `MUJOCO_GL` is left alone: dtvla chooses a renderer that works, o
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,11 +31,28 @@ os.environ.update(
 (SCRATCH / "home").mkdir()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: a long one begun at the end would leave the other processes without work."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _scratch_folder() -> Iterator[None]:
     """Remove the scratch folder after the last test."""
     yield
     shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The last bits of what a model calculates depend on the number of threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

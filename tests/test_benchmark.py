@@ -50,15 +50,7 @@ def settings(**changes: Any) -> Settings:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_probes() -> Iterator[None]:
+def _small_probes(one_thread: None) -> Iterator[None]:
     """The device is measured on a small buffer: the rates are rough, their use is the same."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dtvla.benchmarks.floor.READ_BYTES", {"cpu": 2**22})

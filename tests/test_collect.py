@@ -201,6 +201,7 @@ def test_after_a_full_disk_and_kill_9_the_same_command_makes_the_uninterrupted_d
             subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.sim
 def test_an_expert_that_keeps_failing_ends_the_collection_with_one_message(tmp_path: Path) -> None:
     options = ("workers=1", "max_steps=5", "max_attempts=2")

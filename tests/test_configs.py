@@ -99,6 +99,7 @@ def test_a_misspelled_option_is_named_without_a_stack(arguments: tuple[str, ...]
     assert "Traceback" not in answer.stderr
 
 
+@pytest.mark.slow
 def test_absent_weights_and_data_are_named_with_the_commands_that_bring_them(tmp_path: Path) -> None:
     answer = command("+experiment=libero_cot_sft", f"paths.root={tmp_path}")
     assert answer.returncode == 2

@@ -89,6 +89,7 @@ def test_every_method_is_predicted_without_content(method: str) -> None:
     assert adapter or peak[WEIGHTS] == whole[WEIGHTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full, checkpointing", "QLoRA"])
 def test_a_prediction_is_within_a_tenth_of_the_memory_of_a_real_process(method: str) -> None:
     tried = case(method, 8, image_size=160)
@@ -118,6 +119,7 @@ def test_settings_that_cannot_be_built_are_named(wrong: dict[str, Any], words: s
         Settings(**wrong)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_its_numbers(tmp_path: Path) -> None:
     arguments = ["memory", "models=[nano]", "methods=[LoRA]", "micro_batches=[1,2]", f"output={tmp_path}"]
     answer = subprocess.run(
@@ -134,6 +136,7 @@ def test_the_command_prints_a_table_and_writes_its_numbers(tmp_path: Path) -> No
     assert one < two < 2 * one
 
 
+@pytest.mark.slow
 def test_the_published_model_trains_on_24_gb_with_the_recipes_for_it() -> None:
     """The two experiments, at the micro-batch they set."""
     from hydra import compose, initialize_config_dir

@@ -115,6 +115,7 @@ def test_trained_policy_reloads_and_acts(uninterrupted: Path) -> None:
     assert np.isfinite(decision.actions_SD).all()
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_end_in_the_same_weights(settings: list[str], root: Path, uninterrupted: Path) -> None:
     folder = root / "runs" / "killed"
     process = start(settings, "killed")
@@ -131,6 +132,7 @@ def test_kill_9_and_resume_end_in_the_same_weights(settings: list[str], root: Pa
     assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in expected]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_first_and_resume_ends_in_the_same_weights(
     settings: list[str], root: Path, uninterrupted: Path
 ) -> None:

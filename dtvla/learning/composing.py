@@ -55,7 +55,7 @@ def check(cfg: DictConfig, *checks: Callable[[], object]) -> None:
     for one in (lambda: optimizer(cfg), lambda: Cut(**passes(cfg)), lambda: check_bits(cfg.model.quantize), *checks):
         ask(one)
     if cfg.model.checkpoint:  # nothing is downloaded for a run that can't begin
-        ask(lambda: locate(str(cfg.model.checkpoint), download=not problems))
+        ask(lambda: locate(str(cfg.model.checkpoint), not problems, "model.checkpoint"))
     if problems:
         raise UserError("; and ".join(problems))
 

@@ -136,7 +136,7 @@ def _language(policy: Policy) -> dict[str, Any]:
         "cameras": ", ".join(images.cameras),
         "chunk": layout.chunk,
         "action dimensions": layout.action_dim,
-        "vocabulary": repr(layout.vocabulary),
+        "vocabulary": f"{layout.vocabulary.size} tokens, {_digest(repr(layout.vocabulary))}",
         "tokenizer": _digest(layout.tokenizer.backend_tokenizer.to_str()),
         "decoder": policy.model.decoder,
     }

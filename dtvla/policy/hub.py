@@ -57,18 +57,19 @@ class Source:
         return found[-1] if found else None
 
 
-def locate(name: str | Path, download: bool = True) -> Source:
+def locate(name: str | Path, download: bool = True, setting: str = "checkpoint") -> Source:
     """Find a checkpoint (downloading it if need be) and check that its files are there.
 
     Args:
         name: a folder with a policy, a published checkpoint or adapters; or a hub id, ``OWNER/NAME[@REVISION]``.
         download: whether the hub may be asked; otherwise only the local cache is.
+        setting: what to blame when there is no checkpoint of that name.
 
     Raises:
         UserError: it is none of these, files are missing, or its weights are pickled.
     """
     base_name = str(name)
-    folder = base = find_checkpoint(base_name, download=download)
+    folder = base = find_checkpoint(base_name, setting, download)
     adapters: list[Path] = []
     while (base / ADAPTER_FILE).is_file():
         if base in adapters:

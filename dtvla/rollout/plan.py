@@ -58,7 +58,7 @@ def make_plan(cfg: "DictConfig") -> Plan:
         "suite": env.suite,
         "task_ids": task_ids,
         "init_states": init_states,
-        "seed": int(cfg.seed),
+        "seed": _seed(cfg.seed),
         "max_steps": limit if env.max_steps is None else int(env.max_steps),
         **pool_settings(env),
         "cot": OmegaConf.to_container(cfg.cot, resolve=True),
@@ -75,11 +75,16 @@ def make_plan(cfg: "DictConfig") -> Plan:
     return Plan(source.folder, _output(cfg), specs, settings)
 
 
+def _listed(setting: object) -> list[Any]:
+    """What a setting holds that takes one value or several."""
+    return list(setting) if isinstance(setting, Sequence) and not isinstance(setting, str) else [setting]
+
+
 def _init_states(setting: Sequence[int] | None, tasks: Sequence[Task]) -> list[int]:
     fewest = min(tasks, key=lambda task: task.init_state_count)
     if setting is None:
         return list(range(fewest.init_state_count))
-    chosen = list(setting)
+    chosen = _listed(setting)
     wrong = [i for i in chosen if not isinstance(i, int) or not 0 <= i < fewest.init_state_count]
     if wrong or not chosen or len(set(chosen)) < len(chosen):
         found = f"{wrong[0]!r} is not an init state" if wrong else f"{chosen} is empty or repeats an init state"
@@ -89,11 +94,18 @@ def _init_states(setting: Sequence[int] | None, tasks: Sequence[Task]) -> list[i
     return chosen
 
 
+def _seed(setting: int | Sequence[int]) -> int | list[int]:
+    found = _listed(setting)
+    if not found or len(set(found)) < len(found) or any(not isinstance(seed, int) or seed < 0 for seed in found):
+        raise UserError(f"seed: found {setting}; give a whole number of at least 0, or a list of different ones")
+    return setting if isinstance(setting, int) else found
+
+
 def _filmed(setting: int | Sequence[int], init_states: Sequence[int]) -> list[int]:
     """The init states of every task to film."""
     if isinstance(setting, int) and setting >= 0:
         return list(init_states[:setting])
-    chosen = [setting] if isinstance(setting, int | str) else list(setting)
+    chosen = _listed(setting)
     if not set(chosen) <= set(init_states):
         raise UserError(
             f"record: {setting} is neither a number of episodes nor some of the init states {list(init_states)}"

@@ -74,24 +74,26 @@ def episode_specs(
     tasks: Sequence[Task],
     init_states: Sequence[int],
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     max_steps: int | None = None,
     record: int | Sequence[int] = 0,
 ) -> list[EpisodeSpec]:
-    """One episode for every task and init state, tasks outermost.
+    """One episode for every task, init state and seed, tasks outermost.
 
     Args:
         tasks: the tasks.
         init_states: indices of the benchmark's init states.
-        seed: seed of every episode.
+        seed: of every episode, or several.
         max_steps: step limit; None for the protocol's.
-        record: how many episodes of each task to film, or the init states to film.
+        record: how many episodes of each task to film, or the init states to film; with the first seed.
     """
     filmed = set(init_states[:record] if isinstance(record, int) else record)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
     return [
-        EpisodeSpec(task.suite, task.task_id, init_state, seed, max_steps, record=init_state in filmed)
+        EpisodeSpec(task.suite, task.task_id, state, number, max_steps, record=state in filmed and number == seeds[0])
         for task in tasks
-        for init_state in init_states
+        for number in seeds
+        for state in init_states
     ]
 
 

@@ -31,6 +31,7 @@ def run(*overrides: str) -> None:
         train(compose("train", overrides=list(overrides)))
 
 
+@pytest.mark.slow
 @pytest.mark.sim
 def test_rollouts_are_logged_filmed_and_leave_training_alone(tmp_path: Path) -> None:
     settings = [

@@ -52,6 +52,7 @@ def settings(root: Path) -> list[str]:
         "data.temperature=1.2",
         "data.workers=1",
         "algorithm.reward.format=1",
+        "algorithm.kl.weight=0.01",
         "algorithm.ppo_epochs=2",
         "algorithm.mini_batches=2",
         "algorithm.micro_batch_size=3",

@@ -69,6 +69,7 @@ def test_the_recipes_keep_the_published_values_that_do_not_concern_memory(recipe
     assert ours.model.quantize == ("4bit" if recipe.endswith("qlora") else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains_an_adapter_that_opens_again(recipe: str, settings: list[str], base: Path, root: Path) -> None:
     train(composed(f"+experiment={recipe}", *settings, f"model.checkpoint={base}", "model.lora.r=4", f"name={recipe}"))

@@ -33,6 +33,7 @@ from dtvla.sim.env import LiberoEnv
 from dtvla.sim.expert import Expert
 from dtvla.sim.pool import EnvPool, EpisodeSpec, pool_settings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ENV: dict[str, Any] = {
     **{"suite": "libero_object", "task_ids": [0], "protocol": "published", "max_steps": 24},
     **{"render": "draft", "stepping": "exact", "image_size": 64, "settle_steps": 10},
@@ -50,15 +51,6 @@ SETTINGS = GroupSettings(
     seed=3,
     speculate=False,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Before any other fixture: the last bits of a decision depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

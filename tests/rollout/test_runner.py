@@ -79,6 +79,7 @@ def outcome(result: EpisodeResult) -> EpisodeResult:
     return replace(result, latency=[], video=None)
 
 
+@pytest.mark.slow
 @pytest.mark.sim
 def test_episodes_do_not_depend_on_workers_batches_or_filming(four: EnvPool, tmp_path: Path) -> None:
     finished: list[EpisodeResult] = []
@@ -246,3 +247,7 @@ def test_specs_cover_every_task_and_state_and_film_as_asked() -> None:
     ]  # fmt: skip
     assert {s.seed for s in by_count} == {5}
     assert [s.init_state for s in episode_specs(tasks[:1], [7, 8, 9], record=[9]) if s.record] == [9]
+    several = episode_specs(tasks, [7, 8], seed=[5, 0], record=1)
+    assert [(s.task_id, s.seed, s.init_state) for s in several if s.record] == [(0, 5, 7), (4, 5, 7)]
+    assert len(set(several)) == 8
+    assert {s.seed for s in several} == {5, 0}
