@@ -39,18 +39,15 @@ def annotate(cfg: DictConfig) -> dict[str, Any]:
             that arrived are kept in ``<output>.partial``.
     """
     from dtvla.cot.answers import Answers
-    from dtvla.cot.dropping import check_dropping
     from dtvla.cot.episodes import AnnotatedFrames
     from dtvla.cot.report import summary
     from dtvla.data.collection_worker import DISK_FULL
-    from dtvla.data.lerobot import read_info
 
     source, output = _folders(cfg)
     cfg = cfg.copy()
     cfg.output = str(output)  # without a slash at its end: folders beside it are named after it
     dataset = AnnotatedFrames(source)
     labeller = labeller_from(cfg, _decisions(cfg, dataset))
-    check_dropping(read_info(source), labeller.settings.on_failure == "drop_episode")
     annotator = _annotator(cfg)
     with closing(annotator) if annotator else nullcontext():
         settings = _settings(cfg, labeller, annotator, dataset.demonstrations.fingerprint)
@@ -226,24 +223,21 @@ def _assemble(
     totals: Mapping[str, float],
 ) -> dict[str, Any]:
     """Write the new dataset with its provenance and report into the folder ``target``."""
-    from dtvla.cot.dropping import write_json
     from dtvla.cot.provenance import annotation_record, earlier_record, write_provenance, writers
     from dtvla.cot.report import draw_episodes, write_report
     from dtvla.cot.writing import RECORD, REPORT, TABLE, write_annotated
+    from dtvla.data.lerobot import write_json
 
     thoughts = [label.thought for episode in episodes for label in episode.labels]
     if not any(thoughts):
         raise UserError(
             f"{cfg.dataset}: no frame got a thought, nothing is written; loosen the checks or ask another way"
         )
-    drops = labeller.settings.on_failure == "drop_episode"
-    dropped = [episode.number for episode in episodes if episode.failed] if drops else []
     shutil.rmtree(target, ignore_errors=True)
-    write_annotated(dataset.root, target, thoughts, dropped)
+    write_annotated(dataset.root, target, thoughts)
     facts = {"command": command_line("annotate"), "dataset": str(cfg.dataset), "settings": dict(settings)}
-    record = annotation_record(episodes, dropped, totals, **facts, before=earlier_record(dataset.root))
-    kept = [episode for episode in episodes if episode.number not in set(dropped)]
-    write_provenance(target / TABLE, kept, settings["annotator"] or {}, labeller.decisions, writers(dataset.root))
+    record = annotation_record(episodes, totals, **facts, before=earlier_record(dataset.root))
+    write_provenance(target / TABLE, episodes, settings["annotator"] or {}, labeller.decisions, writers(dataset.root))
     write_json(target / RECORD, record)
     write_report(target / REPORT, record, episodes, cfg.pictures)
     draw_episodes(target / REPORT, dataset, episodes, cfg.pictures)

@@ -84,6 +84,8 @@ def check_of(settings: Mapping[str, Any]) -> Check:
 
 def _source(cfg: DictConfig) -> Path:
     """The dataset's folder or the bundle, without a slash at its end."""
+    from dtvla.data.hub import locate
+
     given = [name for name in ("dataset", "bundle") if cfg[name] is not None]
     if len(given) != 1:
         found = "both dataset and bundle" if given else "neither"
@@ -92,7 +94,8 @@ def _source(cfg: DictConfig) -> Path:
         raise UserError(f"show: {cfg.show!r} is unknown; use {' or '.join(SHOWS)}")
     if cfg.export is not None and cfg["import"] is not None:
         raise UserError("export: found import, too; import first, then export")
-    return Path(str(cfg[given[0]])).expanduser().absolute()
+    path = Path(str(cfg[given[0]])).expanduser()
+    return (locate(path, Path(cfg.paths.data)) if cfg.dataset is not None else path).absolute()
 
 
 def _material(cfg: DictConfig, source: Path) -> tuple[Material, list[int]]:

@@ -61,5 +61,5 @@ class Annotator(ABC):
             UserError: no answer can be had; what was answered before is kept.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most hold nothing
         """Give back what is held."""

@@ -102,9 +102,7 @@ class Answers:
 
     def totals(self) -> dict[str, float]:
         """Sums of the facts that are numbers, such as tokens and cost, and the number of answers."""
-        sums = {
-            name: fsum(self._numbers[name]) for name in sorted(self._numbers)
-        }  # exact: the order of the answers plays no part
+        sums = {name: fsum(self._numbers[name]) for name in sorted(self._numbers)}  # exact: in any order the same
         return {"answers": sum(map(len, self._by_episode.values())), **sums}
 
     def discard(self) -> None:
@@ -126,11 +124,6 @@ def refuse_others(what: str, found: Mapping[str, Any], wanted: Mapping[str, Any]
     if names:
         differences = ", ".join(f"{name}={old.get(name)} (asked: {new.get(name)})" for name in names)
         raise UserError(f"{what} with {differences}; ask for the same, set output=... or delete the folder")
-
-
-def _sum(numbers: Sequence[float]) -> float:
-    """The exact sum, in which the order of the answers plays no part; whole numbers stay whole."""
-    return sum(numbers) if all(isinstance(number, int) for number in numbers) else fsum(numbers)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dtvla.cot.episodes import AnnotatedFrames, EpisodeView
     from dtvla.cot.review.decisions import Decision
 
+REJECTED = Violation("rejected", "is the thought that a reviewer rejected here")
+
 
 @dataclass(frozen=True)
 class EpisodeLabels:
@@ -70,8 +72,14 @@ class Labeller:
         """
         mine, objects = self._mine(view), task_objects(view)
         read = cache(lambda answer: self.schema.read(answer, objects))
-        checks = Checks(read, lambda thoughts: self.temporal.check(thoughts, view.closing_F))
         given = {frame: decision.thought for frame, decision in mine.items() if decision.thought}
+        rejected = {frame: decision.before for frame, decision in mine.items() if not decision.thought}
+
+        def read_for(frame: int, answer: str) -> tuple[str, list[Violation]]:
+            thought, found = read(answer)
+            return thought, [*found, REJECTED] if thought and thought == rejected.get(frame) else found
+
+        checks = Checks(read_for, lambda thoughts: self.temporal.check(thoughts, view.closing_F))
         for frame, thought in given.items():
             if violations := self.schema.violations(thought, objects):
                 raise UserError(
@@ -81,10 +89,10 @@ class Labeller:
         return Course(view, self.wanted(view) if ask else [], given, checks, key_frames(view, self.keyframes))
 
     def wanted(self, view: EpisodeView) -> list[int]:
-        """Frames of an episode that need an annotator: those that are asked for and that no reviewer decided on."""
+        """Frames of an episode that need an annotator: those asked for that no reviewer has a thought for."""
         frames = key_frames(view, self.keyframes) if self.settings.frames == "key" else range(len(view))
         mine = self._mine(view)
-        return [frame for frame in frames if frame not in mine]
+        return [frame for frame in frames if frame not in mine or not mine[frame].thought]
 
     def _mine(self, view: EpisodeView) -> dict[int, Decision]:
         """Decisions about an episode, by frame."""

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from dtvla.cot.keyframes import GRIPPER
 from dtvla.data.demonstrations import Demonstrations
 from dtvla.data.pictures import DAMAGE, PictureSpan, open_pictures
 from dtvla.errors import UserError
-
-GRIPPER = 6  # of an action: negative opens, positive closes
 
 
 class EpisodeView:

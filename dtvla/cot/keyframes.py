@@ -14,6 +14,7 @@ from dtvla.errors import UserError
 if TYPE_CHECKING:
     from dtvla.cot.episodes import EpisodeView
 
+GRIPPER = 6  # number of an action: negative opens, positive closes
 _SMOOTH_FRAMES = 5  # a speed is the mean of so many frames
 _DIP = 0.2  # of the episode's greatest speed, that a minimum must lie below both sides
 

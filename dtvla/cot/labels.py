@@ -12,7 +12,7 @@ from dtvla.cot.schema import Violation
 from dtvla.errors import UserError
 
 FRAMES = ("all", "key")
-ON_FAILURE = ("copy_forward", "drop_thought", "drop_episode", "stop")
+ON_FAILURE = ("copy_forward", "drop_thought", "stop")
 ANNOTATED, REVIEWED, COPIED, CARRIED, NONE = ORIGINS = ("annotated", "reviewed", "copied", "carried", "none")
 
 
@@ -24,8 +24,7 @@ class LabelSettings:
         frames: "all" frames, or the "key" frames alone.
         relabels: how often a frame is asked again when the checks refuse its thought.
         on_failure: what becomes of a frame whose last answer is refused, too: "copy_forward" gives it the last thought
-            since the gripper was told to move, if there is one; "drop_thought" leaves it without; "drop_episode" leaves
-            the episode out; "stop" ends the run.
+            since the gripper was told to move, if there is one; "drop_thought" leaves it without; "stop" ends the run.
         carry_forward: whether frames that nobody labelled get the last thought since the gripper was told to move.
     """
 
@@ -74,11 +73,11 @@ class Checks:
     """The checks of one episode.
 
     Attributes:
-        read: the thought in an answer, and what is wrong with it.
+        read: the thought in an answer for a frame, and what is wrong with it.
         compare: what is wrong with thoughts beside each other, by the frame to be labelled again.
     """
 
-    read: Callable[[str], tuple[str, Sequence[Violation]]]
+    read: Callable[[int, str], tuple[str, Sequence[Violation]]]
     compare: Callable[[Mapping[int, str]], Mapping[int, Sequence[Violation]]]
 
 
@@ -139,7 +138,7 @@ def decide(
                 if case.job not in answers:
                     missing.append(case.job)
                     break
-                thought, violations = checks.read(answers[case.job])
+                thought, violations = checks.read(case.job.frame, answers[case.job])
                 if not violations:
                     thoughts[case.job.frame] = thought
                     break

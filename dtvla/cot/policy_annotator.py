@@ -14,7 +14,6 @@ from dtvla.errors import UserError
 
 if TYPE_CHECKING:
     from dtvla.cot.episodes import EpisodeView
-    from dtvla.policy.hub import Source
     from dtvla.policy.writing import Thought
 
 
@@ -67,7 +66,7 @@ class PolicyAnnotator(Annotator):
         self.jobs_per_call = batch_size
         self.identity = {
             "annotator": "policy",
-            "model": f"{checkpoint} ({_digest(source)[:16]})",
+            "model": f"{checkpoint} ({source.digest()[:16]})",
             "prompt": hashlib.sha256(json.dumps(layout.prompt_template.to_dict()).encode()).hexdigest()[:16],
             "temperature": temperature,
             "max_tokens": self._max_tokens,
@@ -115,12 +114,3 @@ class PolicyAnnotator(Annotator):
         words = own[:-1] if own[-1:] == [layout.vocabulary.action_start_id] else own
         text = str(layout.tokenizer.decode(words, skip_special_tokens=False))
         return Answer(text, {"tokens": len(own), "truncated": thought.truncated})
-
-
-def _digest(source: Source) -> str:
-    """sha256 over the files that decide what the policy writes."""
-    total = hashlib.sha256()
-    for path in source.files():
-        with path.open("rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()

@@ -75,36 +75,31 @@ def writers(root: Path) -> dict[tuple[int, int], Writer]:
     return {(row["episode"], row["frame"]): {name: row[name] for name in WRITERS} for row in rows}
 
 
-def annotation_record(
-    episodes: Sequence[EpisodeLabels], dropped: Sequence[int], totals: Mapping[str, float], **facts: Any
-) -> dict[str, Any]:
+def annotation_record(episodes: Sequence[EpisodeLabels], totals: Mapping[str, float], **facts: Any) -> dict[str, Any]:
     """What is stored as ``meta/annotation.json``: nothing in it depends on when or how often the command ran.
 
     Args:
-        episodes: all that were annotated, dropped ones too.
-        dropped: places of episodes that were left out.
+        episodes: all of the dataset.
         totals: sums over the answers.
         facts: anything else: command, dataset, settings.
     """
     labels = [label for episode in episodes for label in episode.labels]
     asked = [label for label in labels if label.attempts]
-    kept = [label for episode in episodes if episode.number not in set(dropped) for label in episode.labels]
-    origins = Counter(label.origin for label in kept)
+    origins = Counter(label.origin for label in labels)
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **facts,
         "versions": {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
-        "episodes": len(episodes) - len(dropped),
-        "dropped_episodes": list(dropped),
-        "frames": len(kept),
+        "episodes": len(episodes),
+        "frames": len(labels),
         "origins": {origin: origins[origin] for origin in ORIGINS},
         "key_frames": dict(sorted(Counter(r for episode in episodes for r in episode.reasons.values()).items())),
         "asked": len(asked),
         "passed_at_once": sum(not label.refused for label in asked),
         "passed_later": sum(bool(label.refused) and not label.failed for label in asked),
         "failed": sum(label.failed for label in asked),
-        "checks": _by_check(asked, episodes, set(dropped)),
+        "checks": _by_check(asked, episodes),
         "totals": dict(totals),
     }
 
@@ -120,13 +115,11 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _by_check(asked: Sequence[Label], episodes: Sequence[EpisodeLabels], dropped: set[int]) -> dict[str, Any]:
+def _by_check(asked: Sequence[Label], episodes: Sequence[EpisodeLabels]) -> dict[str, Any]:
     """By check: frames whose first answer it refused, whose last one it refused, and what it finds in the result."""
     first = Counter(n for label in asked if label.refused for n in _names(label.refused[0]))
     last = Counter(n for label in asked if label.failed for n in _names(label.refused[-1]))
-    remaining = Counter(
-        n for e in episodes if e.number not in dropped for found in e.remaining.values() for n in _names(found)
-    )
+    remaining = Counter(n for episode in episodes for found in episode.remaining.values() for n in _names(found))
     share = {name: round(count / len(asked), 6) for name, count in first.items()}
     return {
         name: {"first": first[name], "first_rate": share.get(name, 0.0), "last": last[name], "result": remaining[name]}

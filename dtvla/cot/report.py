@@ -42,9 +42,6 @@ def write_report(folder: Path, record: Mapping[str, Any], episodes: Sequence[Epi
         _checks(record),
         _failures(episodes),
     ]
-    if record["dropped_episodes"]:
-        numbers = ", ".join(map(str, record["dropped_episodes"]))
-        sections += ["## Episodes left out", f"By their place in the source, from 0: {numbers}"]
     if len(record["totals"]) > 1:
         sections += ["## Spent", facts_table(record["totals"])]
     drawn = [episode.number for episode in episodes[:pictures]]

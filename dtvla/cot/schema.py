@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from dtvla.errors import UserError
 
-MIN_WORDS, MAX_WORDS = 20, 60
 _TAG = re.compile(r"</?\s*(think|action|image|bos|eos|pad)\b[^>]*>|<(loc|seg)\d+>", re.IGNORECASE)
 _CONTROL = re.compile(rf"{_TAG.pattern}|<\|[^<>|]*\|>|<(unused\d+|s|/s|start_of_turn|end_of_turn)>", re.IGNORECASE)
 _BLOCK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
@@ -139,25 +138,3 @@ def _token_counter(name: str) -> Callable[[str], int]:
 
     tokenizer = Tokenizer.from_file(str(path))
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def check_thought(text: str, objects: Sequence[str]) -> list[str]:
-    """Violations of the schema of the scripted expert, as readable sentences; empty when the thought is fine.
-
-    A thought is one ASCII paragraph of 20 to 60 words without control tags that names at least one of ``objects``
-    (spoken names such as "black bowl").
-    """
-    found = []
-    words = len(text.split())
-    if not MIN_WORDS <= words <= MAX_WORDS:
-        found.append(f"has {words} words, expected {MIN_WORDS} to {MAX_WORDS}")
-    if not text.isascii():
-        found.append("has characters outside ASCII")
-    if "\n" in text or "\r" in text or text != text.strip():
-        found.append("is not one paragraph without space around it")
-    if _TAG.search(text):
-        found.append("contains a control tag")
-    lower = text.lower()
-    if not any(re.search(rf"\b{re.escape(name.lower())}\b", lower) for name in objects):
-        found.append(f"mentions none of: {', '.join(objects)}")
-    return found

@@ -7,16 +7,11 @@ is silent costs less than one that sends good thoughts back.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 
 from dtvla.cot.narrate import PHASES
-from dtvla.errors import UserError
-
-Lexicon = Mapping[str, Sequence[str]]
 
 UNCLEAR = "unclear"
-"""Key of a lexicon for phrases that name more than one stage; what follows them is not read."""
+"""In the lexicon, phrases that name more than one stage; what follows them is not read."""
 
 _HAND = (
     r"(?:(?:the|its|my) )?(?:(?:open|closed|robot|robot's|robotic) )?(?:gripper|hand|arm|fingers|end[- ]effector|robot)"
@@ -28,7 +23,7 @@ _MOVE = r"(?:move|moving|go|going|bring|bringing|guide|shift|get)"
 _HOW = r"(?: (?:\w+ly|straight|back|closer|forward|further|again))*"
 _GAP = r"(?: \w+){0,3}?"
 
-DEFAULT_LEXICON: Lexicon = {
+LEXICON = {
     "reach": (
         rf"(?:{_MOVE}|head|travel|navigate|return|position|align|place)(?: {_HAND})?{_HOW}"
         r" (?:above|over|to|towards?|near|closer|on top|next to|in front|with)\b",
@@ -70,6 +65,8 @@ DEFAULT_LEXICON: Lexicon = {
     UNCLEAR: (r"pick", r"(?:push|pull|slide|turn|rotate|press|twist|nudge)(?:e|ing)?\b", r"(?:wait|stop|stay|pause)\b"),
 }
 """Regular expressions for each stage; they match narrate.py's sentences and ordinary wording of a language model."""
+
+_PATTERNS = {stage: re.compile(rf"\b(?:{'|'.join(phrases)})") for stage, phrases in LEXICON.items()}
 
 _SENTENCE = re.compile(r"[^.;!?]+[.;!?]*")
 _MARKS = (  # of what comes next, the surest first
@@ -127,7 +124,7 @@ def gripper_claim(thought: str) -> bool | None:
     return None if closed == opened else closed
 
 
-def stage_of(thought: str, lexicon: Lexicon) -> int | None:
+def stage_of(thought: str) -> int | None:
     """Place in :data:`~dtvla.cot.narrate.PHASES` of the stage that a thought says comes next; None when unknown.
 
     The first phrase of the clause counts, of several at one place the longest. Verbs that mean another stage with
@@ -135,12 +132,11 @@ def stage_of(thought: str, lexicon: Lexicon) -> int | None:
 
     Args:
         thought: text between the tags.
-        lexicon: regular expressions for each stage, over lower-case text; see :func:`check_lexicon`.
     """
     found = []
     step = next_step(thought)
-    for stage, phrases in lexicon.items():
-        match = _pattern(tuple(phrases)).search(step)
+    for stage, pattern in _PATTERNS.items():
+        match = pattern.search(step)
         if match:
             found.append((match.start(), -match.end(), stage))
     stage = min(found)[2] if found else UNCLEAR
@@ -149,26 +145,3 @@ def stage_of(thought: str, lexicon: Lexicon) -> int | None:
     claim = gripper_claim(thought)
     meant = _MEANT_HOLDING if claim else _MEANT_OPEN if claim is False else {}
     return PHASES.index(meant.get(stage, stage))
-
-
-def check_lexicon(lexicon: Lexicon, setting: str) -> None:
-    """Refuse a lexicon that can't be used.
-
-    Raises:
-        UserError: names the stage that is unknown or the expression that is none.
-    """
-    for stage, phrases in lexicon.items():
-        if stage not in (*PHASES, UNCLEAR):
-            raise UserError(f"{setting}: stage {stage!r} is unknown; use {', '.join(PHASES)} or {UNCLEAR}")
-        if isinstance(phrases, str) or not isinstance(phrases, Iterable) or not list(phrases):
-            raise UserError(f"{setting}.{stage}: found {phrases!r}; give a list of regular expressions")
-        for phrase in phrases:
-            try:
-                re.compile(phrase)
-            except re.error as error:
-                raise UserError(f"{setting}.{stage}: {phrase!r} is no regular expression ({error})") from None
-
-
-@cache
-def _pattern(phrases: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(r"\b(?:" + "|".join(f"(?:{phrase})" for phrase in phrases) + ")")

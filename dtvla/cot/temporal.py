@@ -6,7 +6,7 @@ import difflib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from math import inf
@@ -16,7 +16,7 @@ import numpy as np
 from dtvla.cot.keyframes import held_commands
 from dtvla.cot.narrate import PHASES
 from dtvla.cot.schema import Violation
-from dtvla.cot.stages import DEFAULT_LEXICON, Lexicon, check_lexicon, gripper_claim, stage_of
+from dtvla.cot.stages import gripper_claim, stage_of
 from dtvla.errors import UserError
 
 _REMEMBERED = 4096
@@ -35,13 +35,11 @@ class TemporalSettings:
         min_similarity: of neighbours that speak of one stage, as a share of their words from 0 to 1.
         debounce: frames that a gripper command must hold to be an event.
         hysteresis: frames before and after an event in which a thought may still, or already, speak of the other side.
-        lexicon: words of every stage, see :mod:`dtvla.cot.stages`.
     """
 
     min_similarity: float = 0.3
     debounce: int = 3
     hysteresis: int = 6
-    lexicon: Lexicon = field(default_factory=lambda: DEFAULT_LEXICON)
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing."""
@@ -52,7 +50,6 @@ class TemporalSettings:
                 f"temporal.debounce, temporal.hysteresis: found {self.debounce} and {self.hysteresis}; "
                 "use 1 or more frames, and 0 or more"
             )
-        check_lexicon(self.lexicon, "temporal.lexicon")
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class Temporal:
         """Prepare for any number of episodes."""
         self.settings = settings
         remember = lru_cache(_REMEMBERED)  # thoughts repeat themselves
-        self._stage = remember(lambda text: stage_of(text, settings.lexicon))
+        self._stage = remember(stage_of)
         self._claim = remember(gripper_claim)
         self._similarity = remember(similarity)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dtvla.cot.keyframes import GRIPPER, KeyFrameSettings, gripper_events
 from dtvla.data.dataset_folder import DatasetFolder
 from dtvla.data.normalization import Statistics
 from dtvla.data.pictures import PictureSpan
@@ -53,8 +54,8 @@ class Demonstrations:
             thoughts: whether the column ``reasoning`` is needed.
             thought_tokenizer: reads thoughts that are stored as token ids: a tokenizer, or the folder or hub id of
                 the checkpoint that has it. Not opened where thoughts are texts.
-            carry_thoughts: a thought stands until the next one of its episode: a frame without one has that of the
-                last frame before it that has.
+            carry_thoughts: a frame without a thought has that of the last frame before it that has one, as long as
+                the gripper has not been told otherwise since: the thought would contradict it.
 
         Raises:
             UserError: missing, of another format, truncated, or without the needed columns; or several datasets
@@ -185,9 +186,17 @@ class Demonstrations:
         return [span.moved(part.start) for folder, part in pairs for span in folder.picture_spans(camera)]
 
     def _carried(self) -> np.ndarray:
-        """``thought_index_F`` with each thought standing until the next one of its episode."""
+        """``thought_index_F`` with each thought standing until the next one, or the next command to the gripper."""
+        if self.action_FD.shape[1] <= GRIPPER:
+            raise UserError(f"data.carry_thoughts: {self.root} has no gripper that ends a thought; set it to false")
+        closing_F = self.action_FD[:, GRIPPER] > 0
+        starts = [
+            start + event
+            for start, stop in zip(self.starts_E.tolist(), self.stops_E.tolist(), strict=True)
+            for event in (0, *gripper_events(closing_F[start:stop], KeyFrameSettings.debounce))
+        ]
         frames_F = np.arange(len(self))
-        start_F = np.repeat(self.starts_E, self.stops_E - self.starts_E)
+        start_F = np.repeat(starts, np.diff([*starts, len(self)]))
         latest_F = np.maximum.accumulate(np.where(self.thinks_F, frames_F, -1))
         return self.thought_index_F[np.where(latest_F >= start_F, latest_F, frames_F)]
 

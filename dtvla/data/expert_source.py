@@ -101,7 +101,7 @@ class ExpertRequest(CollectionRequest):
 
 def task_objects(env: LiberoEnv) -> list[str]:
     """Spoken names of the objects that the task is about."""
-    from dtvla.sim.scene import spoken
+    from dtvla.cot.objects import spoken
 
     return [spoken(str(name)) for name in env.domain.obj_of_interest]
 
@@ -112,12 +112,12 @@ def check_thoughts(thoughts: list[str], objects: list[str], episode_index: int) 
     Raises:
         UserError: names the episode, the frame and what is wrong.
     """
-    from dtvla.cot.schema import check_thought
+    from dtvla.cot.schema import Schema, SchemaSettings
 
+    schema = Schema(SchemaSettings(min_words=20, max_words=60))
     for thought in dict.fromkeys(thoughts):
-        violations = check_thought(thought, objects)
-        if violations:
+        if violations := schema.violations(thought, objects):
             raise UserError(
                 f"thoughts: episode {episode_index}, frame {thoughts.index(thought)}: "
-                f"{'; '.join(violations)} in {thought!r}; mend dtvla/cot/narrate.py"
+                f"{'; '.join(v.message for v in violations)} in {thought!r}; mend dtvla/cot/narrate.py"
             )

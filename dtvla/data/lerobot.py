@@ -92,3 +92,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: missing; copy the dataset again") from None
     except (ValueError, TypeError):
         raise UserError(f"{path}: damaged; copy the dataset again") from None
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a readable JSON file."""
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -8,14 +8,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dtvla.data.summaries import describe
 from dtvla.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FIELDS = ("mean", "std", "min", "max", "q01", "q99")
 REQUIRED_FIELDS = ("mean", "std", "q01", "q99")  # what the published norm_stats.json holds
@@ -146,9 +147,9 @@ class ActionNormalizer:
     def normalize(self, actions: Tensor) -> Tensor: ...
     def normalize(self, actions: np.ndarray | Tensor) -> np.ndarray | Tensor:
         """Robot units (..., D) to the policy's range, float32 (a tensor keeps its device)."""
-        if isinstance(actions, Tensor):
+        if not isinstance(actions, np.ndarray):
             offset, scale, limit = (self._constant(c, actions) for c in (self._offset_D, self._scale_D, self._limit_D))
-            return torch.clamp((actions.double() - offset) / scale, -limit, limit).float()
+            return ((actions.double() - offset) / scale).clamp(-limit, limit).float()
         scaled = (np.asarray(actions, dtype=np.float64) - self._offset_D) / self._scale_D
         return np.clip(scaled, -self._limit_D, self._limit_D).astype(np.float32)
 
@@ -158,7 +159,7 @@ class ActionNormalizer:
     def unnormalize(self, actions: Tensor) -> Tensor: ...
     def unnormalize(self, actions: np.ndarray | Tensor) -> np.ndarray | Tensor:
         """The policy's range (..., D) to robot units, float32 (a tensor keeps its device)."""
-        if isinstance(actions, Tensor):
+        if not isinstance(actions, np.ndarray):
             offset, scale = (self._constant(c, actions) for c in (self._offset_D, self._scale_D))
             return (actions.double() * scale + offset).float()
         return (np.asarray(actions, dtype=np.float64) * self._scale_D + self._offset_D).astype(np.float32)
@@ -224,6 +225,8 @@ class ActionNormalizer:
 
     @staticmethod
     def _constant(values_D: np.ndarray, like: Tensor) -> Tensor:
+        import torch
+
         return torch.from_numpy(values_D).to(like.device)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dtvla.data.lerobot import write_json
 from dtvla.data.staging import CAMERA_KEYS, FPS, StagedEpisode
 from dtvla.data.summaries import describe, describe_histogram
 from dtvla.data.video import CODEC, ENCODER_OPTIONS, PIXEL_FORMAT, ClipJoiner
@@ -94,15 +95,13 @@ class DatasetWriter:
         everything = {key: np.concatenate(parts) for key, parts in self._columns.items()}
         stats = {key: describe(values) for key, values in everything.items()}
         stats |= {key: describe_histogram(counts) for key, counts in self._histograms.items()}
-        _write_json(self._root / "meta/stats.json", stats)
-        _write_json(self._root / "meta/info.json", self._info())
+        write_json(self._root / "meta/stats.json", stats)
+        write_json(self._root / "meta/info.json", self._info())
         norm_stats = {"state": everything["observation.state"], "action": everything["action"]}
-        _write_json(
-            self._root / "meta/norm_stats.json", {k: describe(v, published=True) for k, v in norm_stats.items()}
-        )
+        write_json(self._root / "meta/norm_stats.json", {k: describe(v, published=True) for k, v in norm_stats.items()})
         lines = "".join(json.dumps(source) + "\n" for source in self._sources)
         (self._root / "meta/episodes_source.jsonl").write_text(lines)
-        _write_json(self._root / "meta/collection.json", dict(collection))
+        write_json(self._root / "meta/collection.json", dict(collection))
 
     def _summaries(self, columns: Mapping[str, np.ndarray], histograms: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Statistics of this episode for its metadata row, and the sums for the whole dataset."""
@@ -226,10 +225,6 @@ def _source_line(index: int, episode: StagedEpisode) -> dict[str, Any]:
     line = {"episode_index": index, "suite": source.suite, "task_id": source.task_id, "steps": source.steps}
     names = ("file", "demo", "noops", "success") if source.demo else ("init_state", "seed", "attempt", "failures")
     return line | {name: getattr(source, name) for name in names}
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def write_dataset(root: Path, episodes: Iterable[StagedEpisode], collection: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Nothing here loads torch or reads weights, so that a command can refuse a wrong 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +52,14 @@ class Source:
         """The files that decide what the policy does."""
         for folder in (self.base, *self.adapters):
             yield from sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+
+    def digest(self) -> str:
+        """One sha256 over :meth:`files`."""
+        total = hashlib.sha256()
+        for path in self.files():
+            with path.open("rb") as file:
+                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
 
     def _last(self, name: str) -> Path | None:
         found = [folder / name for folder in (self.base, *self.adapters) if (folder / name).is_file()]

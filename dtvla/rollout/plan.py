@@ -1,13 +1,12 @@
 """What an evaluation will do: its settings, checked before anything heavy is loaded."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtvla.errors import UserError
-from dtvla.policy.hub import Source, locate
+from dtvla.policy.hub import locate
 from dtvla.rollout.runner import episode_specs
 from dtvla.sim.pool import EpisodeSpec, pool_settings
 from dtvla.sim.suites import Task, get_tasks, step_limit
@@ -54,7 +53,7 @@ def make_plan(cfg: "DictConfig") -> Plan:
     init_states = _init_states(cfg.init_states, tasks)
     limit = step_limit(env.suite, env.protocol)
     settings = {
-        "checkpoint_sha256": _digest(source),
+        "checkpoint_sha256": source.digest(),
         "suite": env.suite,
         "task_ids": task_ids,
         "init_states": init_states,
@@ -119,12 +118,3 @@ def _output(cfg: "DictConfig") -> Path:
     folder = Path(str(cfg.checkpoint)).expanduser().resolve()  # of a hub id, OWNER/NAME, the last part is a name too
     run = {"policy": folder.parent.name, "best": f"{folder.parent.name}-best"}.get(folder.name, folder.name)
     return Path(str(cfg.paths.root)) / "evaluations" / run / f"{cfg.env.suite}-{cfg.cot.mode}"
-
-
-def _digest(source: Source) -> str:
-    """One sha256 over the files that decide what the policy does."""
-    total = hashlib.sha256()
-    for path in source.files():
-        with path.open("rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()

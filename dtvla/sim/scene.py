@@ -3,7 +3,6 @@
 All positions are in metres in the world frame: x away from the robot, y to the robot's left, z up.
 """
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -165,10 +164,3 @@ class Scene:
             if self.model.body_parentid[body] in bodies:
                 bodies.add(body)
         return {geom for geom in range(self.model.ngeom) if self.model.geom_bodyid[geom] in bodies}
-
-
-def spoken(name: str) -> str:
-    """An object's name as people say it: ``akita_black_bowl_1`` -> ``black bowl``."""
-    words = re.sub(r"_\d+(_\w+)?$", "", name).split("_")
-    dropped = {"akita", "glazed", "rim", "porcelain", "new", "flat", "wooden"}
-    return " ".join(word for word in words if word not in dropped)

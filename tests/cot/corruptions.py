@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dtvla.cot.stages import DEFAULT_LEXICON, stage_of
+from dtvla.cot.stages import stage_of
 
 NAMES = ("wrong_object", "wrong_order", "truncated", "two_blocks", "empty")
 
@@ -29,7 +29,7 @@ def wrong_object(thought: str, objects: Sequence[str], others: Sequence[str]) ->
 
 def wrong_order(thoughts: Mapping[int, str], frame: int, rng: np.random.Generator) -> str | None:
     """The thought of another stage of the episode, other than those of both neighbours; None where there is none."""
-    stages = {text: stage_of(text, DEFAULT_LEXICON) for text in set(thoughts.values())}
+    stages = {text: stage_of(text) for text in set(thoughts.values())}
     near = {stages[thoughts[f]] for f in (frame - 1, frame, frame + 1) if f in thoughts}
     choice = sorted(text for text, stage in stages.items() if stage not in near)
     return tagged(str(rng.choice(choice))) if choice else None

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dtvla.cot.narrate import PHASES, narrate
-from dtvla.sim.scene import Goal, spoken
+from dtvla.cot.objects import spoken
+from dtvla.sim.scene import Goal
 
 GOALS = [
     Goal("in", "alphabet_soup_1", "basket_1_contain_region"),

@@ -143,28 +143,6 @@ def test_decisions_about_another_dataset_are_refused(root: Path, tmp_path: Path)
         run(root, tmp_path / "new")
 
 
-def test_whole_episodes_are_left_out_where_asked(root: Path, tmp_path: Path) -> None:
-    path = tmp_path / "one_bad"
-    with pytest.raises(UserError, match="leaves none"):
-        run(root, path, "on_failure=drop_episode", stubborn=0.1, jobs_per_call=None)
-    # with shorter limits only some episodes have a thought that is too long
-    longest = [max(len(text.split()) for text in truth(root, number).values()) for number in range(4)]
-    limit = sorted(longest)[-1] - 1
-    dropped = [number for number in range(4) if longest[number] > limit]
-    assert 0 < len(dropped) < 4, longest
-    options = ("on_failure=drop_episode", f"schema.max_words={limit}")
-    record = run(root, tmp_path / "new", *options, jobs_per_call=None)
-    assert record["dropped_episodes"] == dropped
-    kept = [number for number in range(4) if number not in dropped]
-    data = Demonstrations(tmp_path / "new")
-    assert [source["seed"] for source in data.sources] == [100 + number for number in kept]
-    assert len(data) == record["frames"] == len(rows(tmp_path / "new")) == sum(len(truth(root, n)) for n in kept)
-    assert f"from 0: {', '.join(map(str, dropped))}" in (tmp_path / "new/annotation/report.md").read_text()
-    assert write(tmp_path / "v2", "v2.1").is_dir()
-    with pytest.raises(UserError, match="drop_episode needs LeRobot"):
-        run(tmp_path / "v2", tmp_path / "v2_new", "on_failure=drop_episode", jobs_per_call=None)
-
-
 def test_a_dataset_that_got_no_thought_is_not_written(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

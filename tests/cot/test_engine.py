@@ -40,8 +40,8 @@ def every(episodes: Sequence[EpisodeLabels]) -> list[Label]:
     return [label for episode in episodes for label in episode.labels]
 
 
-def decision(episode: int, frame: int, kind: str, thought: str = "") -> Decision:
-    return Decision(episode, frame, kind, thought, "before", "ann", "2026-01-02T03:04:05.000+00:00")
+def decision(episode: int, frame: int, kind: str, thought: str = "", before: str = "before") -> Decision:
+    return Decision(episode, frame, kind, thought, before, "ann", "2026-01-02T03:04:05.000+00:00")
 
 
 def test_right_answers_are_taken_at_once(root: Path, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_decisions_stand_and_need_no_annotator(root: Path, tmp_path: Path) -> No
     edited = "the alphabet soup waits on the table. next, move above the alphabet soup."
     decisions = {
         (0, 0): decision(0, 0, "edit", edited),
-        (0, 3): decision(0, 3, "reject"),
+        (0, 3): decision(0, 3, "reject", before="what an earlier annotator wrote"),
         (2, 1): decision(2, 1, "accept", truth(root, 2)[1]),
     }
     episodes = run(root, tmp_path / "a", None, decisions)
@@ -192,8 +192,18 @@ def test_decisions_stand_and_need_no_annotator(root: Path, tmp_path: Path) -> No
     }
     narrator = Narrator(jobs_per_call=None)
     labels = run(root, tmp_path / "a", narrator, decisions)[0].labels
-    assert [label.origin for label in labels[:5]] == ["reviewed", "annotated", "annotated", "none", "annotated"]
-    assert not {(0, 0), (0, 3), (2, 1)} & {(number, job.frame) for number, job in narrator.asked}
+    assert [label.origin for label in labels[:5]] == ["reviewed", *["annotated"] * 4]
+    assert not {(0, 0), (2, 1)} & {(number, job.frame) for number, job in narrator.asked}
+
+
+def test_a_rejected_thought_never_comes_back(root: Path, tmp_path: Path) -> None:
+    decisions = {(0, 3): decision(0, 3, "reject", before=truth(root, 0)[3])}
+    narrator = Narrator(jobs_per_call=None)
+    label = run(root, tmp_path / "a", narrator, decisions, on_failure="drop_thought")[0].labels[3]
+    assert (label.origin, label.attempts) == ("none", 3)
+    assert {violation.check for refused in label.refused for violation in refused} == {"rejected"}
+    asked = [job for number, job in narrator.asked if (number, job.frame) == (0, 3)]
+    assert [job.complaints for job in asked] == [(), *[("is the thought that a reviewer rejected here",)] * 2]
 
 
 def test_a_reviewed_thought_that_breaks_the_rules_is_named(root: Path, tmp_path: Path) -> None:
@@ -265,7 +275,7 @@ def test_sums_do_not_depend_on_the_order_of_the_answers(tmp_path: Path) -> None:
 def toy_checks() -> Checks:
     """A thought must be a small number; neighbours must not differ by more than two, the greater one is blamed."""
 
-    def read(answer: str) -> tuple[str, list[Violation]]:
+    def read(frame: int, answer: str) -> tuple[str, list[Violation]]:
         return answer, [] if int(answer) < 8 else [Violation("small", f"is {answer}")]
 
     def compare(thoughts: Mapping[int, str]) -> dict[int, list[Violation]]:

@@ -12,7 +12,7 @@ import pytest
 from expert_like import Places
 
 from dtvla.cot.narrate import PHASES, narrate
-from dtvla.cot.objects import spoken, strangers, task_objects
+from dtvla.cot.objects import strangers, task_objects
 from dtvla.cot.schema import Schema, SchemaSettings
 from dtvla.sim.suites import get_tasks
 
@@ -93,15 +93,6 @@ def test_strangers_are_other_things_that_are_acted_on() -> None:
     assert strangers("move to the handle of the cabinet", ("drawer",)) == []
     assert strangers("go down to the bowls", ("black bowl",)) == []
     assert strangers("go down to the white bowl", ("black bowl",)) == ["white bowl"]
-
-
-def test_names_are_spoken_as_the_expert_speaks_them() -> None:
-    from dtvla.sim.scene import spoken as of_the_expert
-
-    names = {word for suite in LIBERO for task in get_tasks(suite, None) for word in task.bddl_file.read_text().split()}
-    names = {name.strip("()") for name in names if "_" in name}
-    assert len(names) > 100
-    assert {name: spoken(name) for name in names} == {name: of_the_expert(name) for name in names}
 
 
 def test_a_tasks_objects_are_found_without_torch_or_the_simulator() -> None:

@@ -9,8 +9,7 @@ import pytest
 from expert_like import GOALS, Places
 
 from dtvla.cot.narrate import PHASES, narrate
-from dtvla.cot.stages import DEFAULT_LEXICON, check_lexicon, gripper_claim, next_step, stage_of
-from dtvla.errors import UserError
+from dtvla.cot.stages import gripper_claim, next_step, stage_of
 
 MODELS = {
     "reach": [
@@ -70,15 +69,15 @@ def test_every_sentence_of_the_expert_tells_its_phase() -> None:
     for goal, phase, _ in product(GOALS, PHASES, range(20)):
         scene = Places({name: rng.uniform(-0.5, 0.5, 3) for name in (goal.item, goal.target)})
         text = narrate(phase, scene, goal)
-        assert stage_of(text, DEFAULT_LEXICON) == PHASES.index(phase)
+        assert stage_of(text) == PHASES.index(phase)
         assert gripper_claim(text) == (False if phase == "retreat" else claims.get(phase))
         recovering = narrate(phase, scene, goal, recovering=True)
-        assert stage_of(recovering, DEFAULT_LEXICON) == PHASES.index(phase)
+        assert stage_of(recovering) == PHASES.index(phase)
 
 
 @pytest.mark.parametrize(("stage", "text"), [(stage, text) for stage, texts in MODELS.items() for text in texts])
 def test_a_language_models_wording_tells_its_stage_or_nothing(stage: str | None, text: str) -> None:
-    found = stage_of(text, DEFAULT_LEXICON)
+    found = stage_of(text)
     assert (None if found is None else PHASES[found]) == stage
 
 
@@ -108,26 +107,6 @@ def test_the_next_step_is_the_clause_behind_next_or_the_last_sentence() -> None:
     assert next_step("It is here. Next, go down to the cup.") == "go down to the cup"
     assert next_step("It is here.\nGo down to the Cup.") == "go down to the cup"
     assert next_step("") == ""
-
-
-def test_a_lexicon_of_ones_own_is_used() -> None:
-    lexicon = {"carry": ["trag"], "reach": ["geh"]}
-    assert stage_of("Next, trage die Tasse und geh.", lexicon) == PHASES.index("carry")
-    assert stage_of("Next, lift the cup.", lexicon) is None
-
-
-@pytest.mark.parametrize(
-    ("lexicon", "named"),
-    [
-        ({"fly": ["up"]}, "temporal.lexicon: stage 'fly'"),
-        ({"lift": "up"}, r"temporal.lexicon.lift: found 'up'"),
-        ({"lift": []}, r"temporal.lexicon.lift: found \[\]"),
-        ({"lift": ["up", "("]}, r"temporal.lexicon.lift: '\('"),
-    ],
-)
-def test_a_lexicon_that_is_none_is_refused(lexicon: dict[str, list[str]], named: str) -> None:
-    with pytest.raises(UserError, match=named):
-        check_lexicon(lexicon, "temporal.lexicon")
 
 
 def test_checks_and_key_frames_load_neither_torch_nor_the_simulator() -> None:

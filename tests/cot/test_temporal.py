@@ -10,7 +10,7 @@ from test_stages import MODELS
 
 from dtvla.cot.narrate import PHASES
 from dtvla.cot.schema import Schema, SchemaSettings
-from dtvla.cot.stages import DEFAULT_LEXICON, stage_of
+from dtvla.cot.stages import stage_of
 from dtvla.cot.temporal import Temporal, TemporalSettings, similarity
 from dtvla.errors import UserError
 from dtvla.sim.scene import Goal
@@ -75,7 +75,7 @@ def test_a_language_model_that_says_it_in_other_words_each_time_raises_no_alarm_
     lenient = Temporal(TemporalSettings(min_similarity=0))
     for _ in range(60):
         thoughts, closing_F = episode(rng, some_goals(rng)[0])
-        said = {f: str(rng.choice(MODELS[PHASES[stage_of(t, DEFAULT_LEXICON) or 0]])) for f, t in thoughts.items()}
+        said = {f: str(rng.choice(MODELS[PHASES[stage_of(t) or 0]])) for f, t in thoughts.items()}
         assert lenient.check(said, closing_F) == {}
         assert {v.check for found in TEMPORAL.check(said, closing_F).values() for v in found} <= {"similarity"}
 
@@ -187,7 +187,6 @@ def test_similarity_is_the_share_of_words_in_common() -> None:
         ({"min_similarity": 1.5}, "temporal.min_similarity: found 1.5"),
         ({"debounce": 0}, "temporal.debounce, temporal.hysteresis: found 0 and 6"),
         ({"hysteresis": -1}, "temporal.debounce, temporal.hysteresis: found 3 and -1"),
-        ({"lexicon": {"fly": ["up"]}}, "temporal.lexicon: stage 'fly'"),
     ],
 )
 def test_settings_without_meaning_are_refused(settings: dict[str, object], named: str) -> None:

@@ -18,7 +18,6 @@ from dtvla.cot.writing import write_annotated
 from dtvla.data.demonstrations import Demonstrations
 from dtvla.data.lerobot import read_info
 from dtvla.data.staging import CAMERA_KEYS
-from dtvla.errors import UserError
 
 
 def pictures_in_tables() -> dict[str, list[np.ndarray]]:
@@ -133,64 +132,20 @@ def test_statistics_of_token_ids_are_forgotten(tmp_path: Path) -> None:
     assert all("reasoning" not in row["stats"] and "action" in row["stats"] for row in new)
 
 
-# -- episodes left out -----------------------------------------------------------------------------------------------
-
-
-def test_episodes_left_out_leave_no_gap(tmp_path: Path) -> None:
-    source = write(tmp_path / "set")
-    whole, frames = Demonstrations(source), AnnotatedFrames(source)
-    kept = [0, 2]
-    write_annotated(source, tmp_path / "new", [whole.thought(f) or "" for f in range(len(whole))], [1, 3])
-    new, new_frames = Demonstrations(tmp_path / "new"), AnnotatedFrames(tmp_path / "new")
-    rows = whole.frames_of(np.array(kept))
-    np.testing.assert_array_equal(new.action_FD, whole.action_FD[rows])
-    assert [new.thought(f) for f in range(len(new))] == [whole.thought(f) for f in rows.tolist()]
-    table = pq.read_table(tmp_path / "new/data/chunk-000/file-000.parquet")
-    assert table["index"].to_pylist() == list(range(len(rows)))
-    lengths = [len(staged(number).state_F8) for number in kept]
-    assert table["episode_index"].to_pylist() == [0] * lengths[0] + [1] * lengths[1]
-    for place, number in enumerate(kept):
-        assert (new_frames[place].source["seed"], new_frames[place].source["episode_index"]) == (100 + number, place)
-        picture = new_frames[place].picture("agentview", lengths[place] - 1)
-        np.testing.assert_array_equal(picture, frames[number].picture("agentview", lengths[place] - 1))
-    assert new.statistics.to_dict()["action"]["q99"] == pytest.approx(np.quantile(new.action_FD, 0.99, axis=0).tolist())
-    assert read_info(tmp_path / "new")["splits"] == {"train": "0:2"}
-    episodes = pq.read_table(tmp_path / "new/meta/episodes/chunk-000/file-000.parquet").to_pylist()
-    assert [row["stats/index/min"][0] for row in episodes] == [0, lengths[0]]
-    assert [row["stats/episode_index/max"][0] for row in episodes] == [0, 1]
-    stats = json.loads((tmp_path / "new/meta/stats.json").read_text())
-    np.testing.assert_allclose(stats["action"]["mean"], new.action_FD.astype(float).mean(0), rtol=1e-6)
-    assert stats["index"]["max"] == [len(rows) - 1]
-
-
-def test_dropping_is_refused_where_files_are_numbered_by_episode_and_where_nothing_stays(tmp_path: Path) -> None:
-    v2, v3 = write(tmp_path / "v2", "v2.1"), write(tmp_path / "v3")
-    count = read_info(v3)["total_frames"]
-    with pytest.raises(UserError, match="drop_episode needs LeRobot v3.0, the dataset is v2.1"):
-        write_annotated(v2, tmp_path / "a", [""] * count, [1])
-    assert not (tmp_path / "a").exists()
-    with pytest.raises(UserError, match="leaves none"):
-        write_annotated(v3, tmp_path / "b", [""] * count, [0, 1, 2, 3])
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("dropped", [(), (1,), (0, 3)])
-def test_lerobot_itself_loads_what_was_written(dropped: tuple[int, ...], tmp_path: Path) -> None:
+def test_lerobot_itself_loads_what_was_written(tmp_path: Path) -> None:
     from lerobot.datasets import LeRobotDataset
 
     source = write(tmp_path / "set")
     data = Demonstrations(source)
     thoughts = new_thoughts(len(data))
-    write_annotated(source, tmp_path / "new", thoughts, dropped)
+    write_annotated(source, tmp_path / "new", thoughts)
     dataset, frames = LeRobotDataset("local/new", root=tmp_path / "new"), AnnotatedFrames(source)
-    kept = [number for number in range(4) if number not in dropped]
-    rows = data.frames_of(np.array(kept)).tolist()
-    assert (dataset.num_episodes, len(dataset)) == (len(kept), len(rows))
-    for place in (0, len(rows) // 2, len(rows) - 1):
-        item, row = dataset[place], rows[place]
-        number = int(np.searchsorted(data.stops_E, row, side="right"))
+    assert (dataset.num_episodes, len(dataset)) == (4, len(data))
+    for row in (0, len(data) // 2, len(data) - 1):
+        item, number = dataset[row], int(np.searchsorted(data.stops_E, row, side="right"))
         assert item["reasoning"] == thoughts[row]
-        assert item["episode_index"] == kept.index(number)
+        assert item["episode_index"] == number
         np.testing.assert_array_equal(item["action"].numpy(), data.action_FD[row])
         picture = frames[number].picture("agentview", row - int(data.starts_E[number]))
         shown = item[CAMERA_KEYS["agentview"]].permute(1, 2, 0).numpy() * 255

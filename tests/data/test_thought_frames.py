@@ -20,6 +20,14 @@ from dtvla.policy.layout import Batch, Segment
 from .conftest import make_pictures, make_processor
 
 FRAMES = 24
+CLOSES, OPENS = 9, 17  # a command at frame 13 does not hold
+GRIPPER_F = np.where([CLOSES <= frame < OPENS and frame != 13 for frame in range(FRAMES)], 1.0, -1.0)
+
+
+def standing(keys: list[int], frame: int) -> int | None:
+    """The key frame whose thought a frame has: the last one under the same gripper command."""
+    stretch = max(start for start in (0, CLOSES, OPENS) if start <= frame)
+    return max((key for key in keys if stretch <= key <= frame), default=None)
 
 
 def write_key_frames(root: Path, keys: list[list[int]]) -> Path:
@@ -31,6 +39,7 @@ def write_key_frames(root: Path, keys: list[list[int]]) -> Path:
         source = EpisodeSource(number, "libero_object", 0, "pick up the thing", number, number, FRAMES, 0)
         pictures = {camera: make_pictures(number, c, FRAMES) for c, camera in enumerate(CAMERA_KEYS)}
         state, action = rng.normal(size=(FRAMES, 8)), rng.uniform(-1, 1, (FRAMES, 7))
+        action[:, 6] = GRIPPER_F
         staged.append(StagedEpisode.encode(source, state, action, thoughts, pictures))
     write_dataset(root, staged, {"made": "for a test"})
     return root
@@ -59,14 +68,16 @@ def take(module: DemonstrationDataModule, count: int) -> list[Batch]:
     return [part for parts in itertools.islice(module.train_dataloader(), count) for part in parts]
 
 
-def test_a_thought_stands_until_the_next_one_of_its_episode(key_frame_root: Path, keys: list[list[int]]) -> None:
+def test_a_thought_stands_until_the_next_one_or_the_next_gripper_command(
+    key_frame_root: Path, keys: list[list[int]]
+) -> None:
     plain, carried = (Demonstrations(key_frame_root, carry_thoughts=carry) for carry in (False, True))
     for number, frames in enumerate(keys):
         for frame in range(FRAMES):
-            before = [key for key in frames if key <= frame]
+            key = standing(frames, frame)
             index = number * FRAMES + frame
             assert plain.thought(index) == (f"key {frame} of episode {number}" if frame in frames else None)
-            assert carried.thought(index) == (f"key {before[-1]} of episode {number}" if before else None)
+            assert carried.thought(index) == (None if key is None else f"key {key} of episode {number}")
     assert plain.texts() == carried.texts()
 
 
@@ -80,7 +91,8 @@ def test_frames_without_a_thought_are_no_samples(
     thinking = [
         number * FRAMES + frame
         for number, frames in enumerate(keys)
-        for frame in (range(frames[0], FRAMES) if carry else frames)
+        for frame in range(FRAMES)
+        if (standing(frames, frame) is not None if carry else frame in frames)
     ]
     assert sorted(chosen.tolist()) == thinking
     assert set(module.val_frames) == set(all_frames.val_frames) & set(thinking)

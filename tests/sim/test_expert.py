@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from dtvla.cot.schema import check_thought
+from dtvla.cot.objects import spoken
+from dtvla.cot.schema import Schema, SchemaSettings
 from dtvla.errors import UserError
 from dtvla.sim.env import LiberoEnv
 from dtvla.sim.expert import Act, Expert, expert_tasks
 from dtvla.sim.grasps import turn
 from dtvla.sim.motion import Disturbance, servo
-from dtvla.sim.scene import spoken
 
 EXPECTED_ORDER = ["reach", "lower", "grasp", "lift", "carry", "place", "release", "retreat"]
 
@@ -42,7 +42,8 @@ def test_solves_and_narrates_with_disturbances(soup: LiberoEnv) -> None:
         assert success
         assert len(acts) < 200
         thoughts = [act.thought for act in acts]
-        assert all(check_thought(thought, names) == [] for thought in set(thoughts))
+        schema = Schema(SchemaSettings(min_words=20, max_words=60))
+        assert all(schema.violations(thought, names) == [] for thought in set(thoughts))
         changes = sum(first != second for first, second in zip(thoughts, thoughts[1:], strict=False))
         assert changes <= 14, "a thought must last"
         actions = np.array([act.action for act in acts])
