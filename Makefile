@@ -32,6 +32,7 @@ quickstart: ## demonstrations, training, evaluation and a report for one task (S
 	  --began $$began --suite $(SUITE) --task $(TASK) --episodes $(EPISODES) --out $(OUT)
 
 test: setup lint ## everything: ruff, mypy, and all tests on the real simulator (TESTS, PYTEST)
+	@tools/browser.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS) $(PYTEST)
 
 test-fast: setup ## the tests that need neither the simulator nor more than seconds

@@ -41,7 +41,6 @@ def annotate(cfg: DictConfig) -> dict[str, Any]:
     from dtvla.cot.answers import Answers
     from dtvla.cot.episodes import AnnotatedFrames
     from dtvla.cot.report import summary
-    from dtvla.data.collection_worker import DISK_FULL
 
     source, output = _folders(cfg)
     cfg = cfg.copy()
@@ -63,9 +62,9 @@ def annotate(cfg: DictConfig) -> dict[str, Any]:
                 os.replace(partial / "dataset", output)
                 answers.discard()
         except OSError as error:
-            if error.errno in DISK_FULL:
-                raise UserError(f"output: the disk of {partial} is full; free space and run it again") from None
-            raise
+            raise UserError(
+                f"output: {partial} can't be written ({error}); free space, or choose another output=FOLDER"
+            ) from error
     print(f"{output}: {summary(record)}")
     return record
 
@@ -107,7 +106,7 @@ def _folders(cfg: DictConfig) -> tuple[Path, Path]:
         raise UserError(f"{', '.join(missing)}: not given; dtvla annotate dataset=FOLDER output=FOLDER")
     if isinstance(cfg.pictures, bool) or not isinstance(cfg.pictures, int) or cfg.pictures < 0:
         raise UserError(f"pictures: found {cfg.pictures!r}; use 0 or a positive whole number")
-    source, output = locate(str(cfg.dataset), Path(cfg.paths.data)), Path(str(cfg.output)).expanduser()
+    source, output = locate(str(cfg.dataset), Path(cfg.paths.data), "dataset"), Path(str(cfg.output)).expanduser()
     if source.resolve() in (output.resolve(), *output.resolve().parents):
         raise UserError(f"output: {output} lies in the dataset, which is not changed; choose another output=FOLDER")
     return source, output

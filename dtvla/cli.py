@@ -61,12 +61,14 @@ def entry(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], Non
     def decorate(function: Callable[[Any], Any]) -> Callable[[], None]:
         @wraps(function)
         def task(cfg: Any) -> Any:
-            from omegaconf.errors import OmegaConfBaseException
+            from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
             try:
                 return function(cfg)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
+            except MissingMandatoryValue as error:
+                print(f"error: {error.full_key}: not given; set {error.full_key}=...", file=sys.stderr)
             except OmegaConfBaseException as error:
                 print(f"error: configuration: {' '.join(str(error).split())}", file=sys.stderr)
             except KeyboardInterrupt:

@@ -95,7 +95,7 @@ def _source(cfg: DictConfig) -> Path:
     if cfg.export is not None and cfg["import"] is not None:
         raise UserError("export: found import, too; import first, then export")
     path = Path(str(cfg[given[0]])).expanduser()
-    return (locate(path, Path(cfg.paths.data)) if cfg.dataset is not None else path).absolute()
+    return (locate(path, Path(cfg.paths.data), "dataset") if cfg.dataset is not None else path).absolute()
 
 
 def _material(cfg: DictConfig, source: Path) -> tuple[Material, list[int]]:

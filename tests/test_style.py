@@ -18,7 +18,18 @@ FORBIDDEN_IMPORTS = {
     "dtvla.sim": {"torch", "lightning", "transformers", "lerobot"},
     "dtvla.policy": {"hydra", "lightning", "pytorch_lightning", "dtvla.sim", "dtvla.learning", "mujoco", "libero"},
 }
-ENTRY_POINTS = ["collect", "train", "evaluate", "compare", "report", "doctor", "export", "benchmark"]
+ENTRY_POINTS = [
+    "collect",
+    "annotate",
+    "review",
+    "train",
+    "evaluate",
+    "compare",
+    "report",
+    "doctor",
+    "export",
+    "benchmark",
+]
 
 
 def tree(path: Path) -> ast.Module:

@@ -13,6 +13,7 @@ import numpy as np
 from dtvla.cot.annotator import Annotator, Answer, Job
 from dtvla.cot.prompts import Prompt
 from dtvla.errors import UserError
+from dtvla.policy.hub import REASON_LENGTH, find_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from dtvla.cot.episodes import EpisodeView
 
 ENDINGS = {".json", ".jinja", ".safetensors", ".model", ".txt"}  # of the files that decide what a model answers
-REASON_LENGTH = 300  # characters of a library's error inside of ours
 
 
 class TransformersAnnotator(Annotator):
@@ -51,7 +51,6 @@ class TransformersAnnotator(Annotator):
         Raises:
             UserError: a setting is no good, or ``model`` is not there, is of another kind or is damaged.
         """
-        from dtvla.policy.hub import find_checkpoint
         from dtvla.policy.placement import place, type_name
 
         if min(batch_size, max_new_tokens, picture_size or 1) < 1 or temperature <= 0 or seed < 0:
@@ -68,10 +67,12 @@ class TransformersAnnotator(Annotator):
         folder = find_checkpoint(model, "annotator.model")
         self._model, self._processor = _load(folder, placed, type_)
         _check_template(folder, self._processor, self._template)
-        generation = self._model.generation_config
+        tokenizer, generation = self._processor.tokenizer, self._model.generation_config
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
         # The maker's settings for drawing words do not count: words are drawn by _Words, if at all.
         generation.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
-        generation.update(max_new_tokens=max_new_tokens, pad_token_id=self._processor.tokenizer.pad_token_id)
+        generation.update(max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
         self.jobs_per_call = batch_size
         self.identity = {
             "annotator": "transformers",
@@ -106,7 +107,9 @@ class TransformersAnnotator(Annotator):
                 f"{self._model.device}; use fewer, or smaller pictures (annotator.picture_size)"
             ) from None
         asked_BL, length = inputs["attention_mask"], inputs["input_ids"].shape[1]
-        return [self._answer(row[length:], int(mask.sum())) for row, mask in zip(ids_BL.tolist(), asked_BL, strict=True)]
+        return [
+            self._answer(row[length:], int(mask.sum())) for row, mask in zip(ids_BL.tolist(), asked_BL, strict=True)
+        ]
 
     def close(self) -> None:
         """Give back the model's memory."""
@@ -125,8 +128,12 @@ class TransformersAnnotator(Annotator):
         try:
             inputs = self._processor.apply_chat_template(
                 [self._conversation(episode, job, pictures[job.frame]) for job in jobs],
-                **{"add_generation_prompt": True, "tokenize": True, "return_dict": True} | self._template,
-                processor_kwargs={"padding": True, "padding_side": "left", "return_tensors": "pt"},
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+                **self._template,
             )
         except Exception as error:  # of the template, the tokenizer, the picture processor: of many kinds
             raise UserError(
@@ -212,7 +219,9 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, 
             "write text; give a vision-language model such as Qwen/Qwen3-VL-4B-Instruct"
         )
     if not isinstance(processor, ProcessorMixin):
-        raise UserError(f"annotator.model: {folder} does not say how pictures are prepared; copy all of its .json files")
+        raise UserError(
+            f"annotator.model: {folder} does not say how pictures are prepared; copy all of its .json files"
+        )
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"annotator.model: {folder} lacks {len(missing)} weights, such as {missing[0]}; copy it again")
     return model, processor

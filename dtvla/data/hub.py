@@ -12,12 +12,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TIMEOUT_S = 10
 
 
-def locate(root: str | Path, download_dir: Path) -> Path:
+def locate(root: str | Path, download_dir: Path, setting: str = "data.root") -> Path:
     """The local folder of a dataset.
 
     Args:
         root: a folder, or a hub id ``user/name``. A relative path whose parent exists is always a folder.
         download_dir: where hub datasets are kept, as ``user--name``.
+        setting: what to blame in an error.
 
     Returns:
         The folder; it need not exist when ``root`` is a path.
@@ -30,11 +31,11 @@ def locate(root: str | Path, download_dir: Path) -> Path:
         return path
     target = Path(download_dir) / str(root).replace("/", "--")
     if not target.exists():
-        _download(str(root), target)
+        _download(str(root), target, setting)
     return target
 
 
-def _download(repo_id: str, target: Path) -> None:
+def _download(repo_id: str, target: Path, setting: str) -> None:
     """Fetch into ``<target>.download``, which a second try resumes, then rename."""
     import httpx
     from huggingface_hub import snapshot_download
@@ -46,7 +47,7 @@ def _download(repo_id: str, target: Path) -> None:
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, ConnectionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"data.root: dataset {repo_id!r} is not at {target} and can't be downloaded ({reason}); where there is a "
+            f"{setting}: dataset {repo_id!r} is not at {target} and can't be downloaded ({reason}); where there is a "
             f"network run `hf download {repo_id} --repo-type dataset --local-dir {target}`"
         ) from None
     os.replace(staging, target)

@@ -52,7 +52,7 @@ def read_info(root: Path) -> dict[str, Any]:
     if not root.is_dir():
         if Path(f"{root}.partial").is_dir():
             raise UserError(f"{root}: its collection is not finished; run the same `python -m dtvla.collect` again")
-        raise UserError(f"{root}: no such dataset; make it with `python -m dtvla.collect` or set data.root")
+        raise UserError(f"{root}: no such dataset; make it with `python -m dtvla.collect` or name another folder")
     try:
         info = dict(json.loads(path.read_text()))
         needed = ("codebase_version", "fps", "features", "total_episodes", "total_frames", "data_path")
