@@ -37,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     ("arguments", "message"),
     [
         (("speed=2",), "error: speed: found 2; choose another"),
-        ((), "error: configuration: Missing mandatory value: needed"),
+        ((), "error: needed: not given; set needed=..."),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(own_conf, monkeypatch, capsys, arguments, message) -> None:

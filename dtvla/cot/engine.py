@@ -73,7 +73,7 @@ class Labeller:
         mine, objects = self._mine(view), task_objects(view)
         read = cache(lambda answer: self.schema.read(answer, objects))
         given = {frame: decision.thought for frame, decision in mine.items() if decision.thought}
-        rejected = {frame: decision.before for frame, decision in mine.items() if not decision.thought}
+        rejected = self._rejected(view)
 
         def read_for(frame: int, answer: str) -> tuple[str, list[Violation]]:
             thought, found = read(answer)
@@ -93,6 +93,10 @@ class Labeller:
         frames = key_frames(view, self.keyframes) if self.settings.frames == "key" else range(len(view))
         mine = self._mine(view)
         return [frame for frame in frames if frame not in mine or not mine[frame].thought]
+
+    def _rejected(self, view: EpisodeView) -> dict[int, str]:
+        """Thoughts that reviewers rejected, by frame."""
+        return {frame: decision.before for frame, decision in self._mine(view).items() if not decision.thought}
 
     def _mine(self, view: EpisodeView) -> dict[int, Decision]:
         """Decisions about an episode, by frame."""
@@ -117,7 +121,7 @@ class Labeller:
                 f"last because it {found}; set on_failure=copy_forward or drop_thought, or raise relabels"
             )
         events = gripper_events(view.closing_F, self.keyframes.debounce)
-        labels = fill(decided, len(view), events, self.settings)
+        labels = fill(decided, len(view), events, self.settings, self._rejected(view))
         thoughts = {frame: label.thought for frame, label in enumerate(labels) if label.thought}
         return EpisodeLabels(view.number, labels, course.reasons, course.checks.compare(thoughts))
 

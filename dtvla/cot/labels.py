@@ -157,16 +157,23 @@ def decide(
     return Verdict([], _ascending(labels))
 
 
-def fill(labels: Mapping[int, Label], count: int, events: Sequence[int], settings: LabelSettings) -> list[Label]:
+def fill(
+    labels: Mapping[int, Label],
+    count: int,
+    events: Sequence[int],
+    settings: LabelSettings,
+    rejected: Mapping[int, str],
+) -> list[Label]:
     """Labels of all frames of an episode: failures copied and gaps filled, as the settings say.
 
-    A thought never goes on over a gripper event, which it would contradict.
+    A thought never goes on over a gripper event, which it would contradict, nor to a frame where it was rejected.
 
     Args:
         labels: of the frames that were decided on.
         count: frames of the episode.
         events: first frames of every new gripper command, ascending.
         settings: of the run.
+        rejected: texts that reviewers rejected, by frame.
     """
     stretch_F = np.searchsorted(events, np.arange(count), side="right")
     filled, last = [], Label()
@@ -177,7 +184,7 @@ def fill(labels: Mapping[int, Label], count: int, events: Sequence[int], setting
         copies = settings.on_failure == "copy_forward" if label.failed else settings.carry_forward
         if label.thought:
             last = label
-        elif copies and last.thought:
+        elif copies and last.thought and last.thought != rejected.get(frame):
             origin = COPIED if label.failed else CARRIED
             label = replace(label, thought=last.thought, origin=origin, written_for=last.written_for)
         filled.append(label)

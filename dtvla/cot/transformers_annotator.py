@@ -53,7 +53,11 @@ class TransformersAnnotator(Annotator):
         """
         from dtvla.policy.placement import place, type_name
 
-        if min(batch_size, max_new_tokens, picture_size or 1) < 1 or temperature <= 0 or seed < 0:
+        if (
+            min(batch_size, max_new_tokens, 1 if picture_size is None else picture_size) < 1
+            or temperature <= 0
+            or seed < 0
+        ):
             raise UserError(
                 f"annotator: batch_size={batch_size}, max_new_tokens={max_new_tokens}, picture_size={picture_size}, "
                 f"temperature={temperature}, seed={seed}; give a batch_size, max_new_tokens and picture_size of at "
@@ -67,12 +71,10 @@ class TransformersAnnotator(Annotator):
         folder = find_checkpoint(model, "annotator.model")
         self._model, self._processor = _load(folder, placed, type_)
         _check_template(folder, self._processor, self._template)
-        tokenizer, generation = self._processor.tokenizer, self._model.generation_config
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        generation = self._model.generation_config
         # The maker's settings for drawing words do not count: words are drawn by _Words, if at all.
         generation.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
-        generation.update(max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+        generation.update(max_new_tokens=max_new_tokens, pad_token_id=self._processor.tokenizer.pad_token_id)
         self.jobs_per_call = batch_size
         self.identity = {
             "annotator": "transformers",
@@ -185,19 +187,22 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, 
     """Model and processor; no code of the folder is run and nothing is unpickled."""
     import torch
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as KINDS
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     if not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"annotator.model: {folder} has no weights in safetensors, and pickled ones are not read, as they could run "
-            "any code; copy it whole, or convert it: model.save_pretrained(folder)"
+            f"annotator.model: {folder} has no weights in safetensors, and pickled ones are not read, as they could "
+            "run any code; copy it whole, or convert it: model.save_pretrained(folder)"
         )
+    loader: Any = AutoModelForImageTextToText
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         known = type(config) in KINDS
         if known:
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model, report = AutoModelForImageTextToText.from_pretrained(
+            words = processor.tokenizer  # a kind without a processor for pictures has none
+            words.pad_token = words.pad_token or words.eos_token
+            model, report = loader.from_pretrained(
                 folder,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -212,15 +217,14 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, 
             "annotator.dtype=bfloat16"
         ) from None
     except Exception as error:  # of files of any kind, and of packages that a model wants
-        raise UserError(f"annotator.model: {folder} can't be loaded ({_reason(error)}); copy it again") from None
+        raise UserError(
+            f"annotator.model: {folder} can't be loaded ({_reason(error)}); copy it whole, install the package that it "
+            "asks for, or choose a model that transformers knows itself: code in the folder is not run"
+        ) from None
     if not known:
         raise UserError(
-            f"annotator.model: {folder} is a {config.model_type}, which transformers does not know to take pictures and "
-            "write text; give a vision-language model such as Qwen/Qwen3-VL-4B-Instruct"
-        )
-    if not isinstance(processor, ProcessorMixin):
-        raise UserError(
-            f"annotator.model: {folder} does not say how pictures are prepared; copy all of its .json files"
+            f"annotator.model: {folder} is a {config.model_type}, which transformers does not know to take pictures "
+            "and write text; give a vision-language model such as Qwen/Qwen3-VL-4B-Instruct"
         )
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"annotator.model: {folder} lacks {len(missing)} weights, such as {missing[0]}; copy it again")
@@ -233,7 +237,7 @@ def _check_template(folder: Path, processor: Any, template: Mapping[str, Any]) -
             f"annotator.model: {folder} has no chat template, so it was not made to be asked; give a model that was "
             "(often called instruct or it)"
         )
-    if unknown := [name for name in template if not re.search(rf"\b{name}\b", str(processor.chat_template))]:
+    if unknown := [name for name in template if not re.search(rf"\b{re.escape(name)}\b", str(processor.chat_template))]:
         raise UserError(
             f"annotator.template: the chat template of {folder} knows no {', '.join(unknown)}; correct or leave it out"
         )

@@ -204,6 +204,8 @@ def test_a_rejected_thought_never_comes_back(root: Path, tmp_path: Path) -> None
     assert {violation.check for refused in label.refused for violation in refused} == {"rejected"}
     asked = [job for number, job in narrator.asked if (number, job.frame) == (0, 3)]
     assert [job.complaints for job in asked] == [(), *[("is the thought that a reviewer rejected here",)] * 2]
+    assert truth(root, 0)[2] == truth(root, 0)[3]  # so that a copy would bring it back
+    assert run(root, tmp_path / "a", narrator, decisions)[0].labels[3] == label
 
 
 def test_a_reviewed_thought_that_breaks_the_rules_is_named(root: Path, tmp_path: Path) -> None:
@@ -317,9 +319,9 @@ def test_filling_never_goes_over_a_gripper_event() -> None:
     bad = Label("", "none", None, 1, ((Violation("small", "is 9"),),))
     good = {frame: Label(str(frame), "annotated", frame, 1) for frame in (0, 4)}
     labels = {**good, 2: bad, 3: bad, 6: bad}
-    copied = fill(labels, 8, [3], LabelSettings(on_failure="copy_forward"))
+    copied = fill(labels, 8, [3], LabelSettings(on_failure="copy_forward"), {})
     assert [label.thought for label in copied] == ["0", "", "0", "", "4", "", "4", ""]
-    carried = fill(labels, 8, [3], LabelSettings(on_failure="drop_thought", carry_forward=True))
+    carried = fill(labels, 8, [3], LabelSettings(on_failure="drop_thought", carry_forward=True), {})
     assert [label.thought for label in carried] == ["0", "0", "", "", "4", "4", "", "4"]
     assert [label.written_for for label in carried] == [0, 0, None, None, 4, 4, None, 4]
 
