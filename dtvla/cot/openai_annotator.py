@@ -16,7 +16,7 @@ from dtvla.cot.annotator import Annotator, Answer, Job
 from dtvla.cot.answer_cache import AnswerCache
 from dtvla.cot.endpoint import Endpoint
 from dtvla.cot.limits import Budget, Pace, Prices
-from dtvla.cot.prompts import Prompt
+from dtvla.cot.prompts import Prompt, fitted
 from dtvla.errors import UserError
 
 if TYPE_CHECKING:
@@ -137,13 +137,8 @@ class OpenAIAnnotator(Annotator):
 
 def _data_url(picture_HWC: np.ndarray, longest_side: int | None) -> str:
     """A JPEG inside an address."""
-    from PIL import Image, ImageOps
-
-    picture = Image.fromarray(picture_HWC)
-    if longest_side is not None:
-        picture = ImageOps.contain(picture, (longest_side, longest_side))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    fitted(picture_HWC, longest_side).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

@@ -15,6 +15,9 @@ from dtvla.cot.annotator import Job
 from dtvla.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
     from dtvla.cot.episodes import EpisodeView
 
 _SECTION = re.compile(r"^# (system|frame|again)[ \t\r]*$", re.MULTILINE)
@@ -83,6 +86,14 @@ def gripper_words(episode: EpisodeView, frame: int) -> str:
     return f"told to {'close' if closing_F[-1] else 'open'} since " + (
         f"{first / episode.fps:.1f} s" if first else "the start"
     )
+
+
+def fitted(picture_HWC: np.ndarray, longest_side: int | None) -> Image.Image:
+    """A uint8 picture (H, W, 3) for a model, its longer side this many pixels; None leaves it as it is."""
+    from PIL import Image, ImageOps
+
+    picture = Image.fromarray(picture_HWC)
+    return picture if longest_side is None else ImageOps.contain(picture, (longest_side, longest_side))
 
 
 def _path(prompt: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dtvla.cot.annotator import Annotator, Answer, Job
-from dtvla.cot.prompts import Prompt
+from dtvla.cot.prompts import Prompt, fitted
 from dtvla.errors import UserError
-from dtvla.policy.hub import REASON_LENGTH, find_checkpoint
+from dtvla.policy.hub import digest, find_checkpoint, reason
 
 if TYPE_CHECKING:
     import torch
@@ -73,12 +72,12 @@ class TransformersAnnotator(Annotator):
         _check_template(folder, self._processor, self._template)
         generation = self._model.generation_config
         # The maker's settings for drawing words do not count: words are drawn by _Words, if at all.
-        generation.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
+        generation.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
         generation.update(max_new_tokens=max_new_tokens, pad_token_id=self._processor.tokenizer.pad_token_id)
         self.jobs_per_call = batch_size
         self.identity = {
             "annotator": "transformers",
-            "model": f"{model} ({_digest(folder)[:16]})",
+            "model": f"{model} ({digest(sorted(path for path in folder.iterdir() if path.suffix in ENDINGS))[:16]})",
             "prompt": self._prompt.digest,
             "template": self._template,
             "cameras": list(cameras),
@@ -126,7 +125,7 @@ class TransformersAnnotator(Annotator):
         pictures: dict[int, list[Any]] = {frame: [] for frame in frames}
         for camera in self._cameras:
             for frame, picture in zip(frames, episode.pictures(camera, frames), strict=True):
-                pictures[frame].append(_sized(picture, self._picture_size))
+                pictures[frame].append(fitted(picture, self._picture_size))
         try:
             inputs = self._processor.apply_chat_template(
                 [self._conversation(episode, job, pictures[job.frame]) for job in jobs],
@@ -139,7 +138,7 @@ class TransformersAnnotator(Annotator):
             )
         except Exception as error:  # of the template, the tokenizer, the picture processor: of many kinds
             raise UserError(
-                f"annotator.model: its chat template or processor refuses what it is asked ({_reason(error)}); for a "
+                f"annotator.model: its chat template or processor refuses what it is asked ({reason(error)}); for a "
                 "template that knows no system's message set annotator.prompt to a file without '# system'"
             ) from None
         return inputs.to(self._model.device, dtype=self._model.dtype)
@@ -218,7 +217,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, 
         ) from None
     except Exception as error:  # of files of any kind, and of packages that a model wants
         raise UserError(
-            f"annotator.model: {folder} can't be loaded ({_reason(error)}); copy it whole, install the package that it "
+            f"annotator.model: {folder} can't be loaded ({reason(error)}); copy it whole, install the package that it "
             "asks for, or choose a model that transformers knows itself: code in the folder is not run"
         ) from None
     if not known:
@@ -241,25 +240,3 @@ def _check_template(folder: Path, processor: Any, template: Mapping[str, Any]) -
         raise UserError(
             f"annotator.template: the chat template of {folder} knows no {', '.join(unknown)}; correct or leave it out"
         )
-
-
-def _sized(picture_HWC: np.ndarray, longest_side: int | None) -> Any:
-    """A picture of Pillow's."""
-    from PIL import Image, ImageOps
-
-    picture = Image.fromarray(picture_HWC)
-    return picture if longest_side is None else ImageOps.contain(picture, (longest_side, longest_side))
-
-
-def _digest(folder: Path) -> str:
-    """sha256 over the files that decide what the model answers."""
-    total = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in ENDINGS):
-        with path.open("rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    """What an exception says, on one line."""
-    return " ".join(str(error).split())[:REASON_LENGTH] or type(error).__name__

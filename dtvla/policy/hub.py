@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,16 +54,21 @@ class Source:
             yield from sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
 
     def digest(self) -> str:
-        """One sha256 over :meth:`files`."""
-        total = hashlib.sha256()
-        for path in self.files():
-            with path.open("rb") as file:
-                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        return total.hexdigest()
+        """See :func:`digest`, over :meth:`files`."""
+        return digest(self.files())
 
     def _last(self, name: str) -> Path | None:
         found = [folder / name for folder in (self.base, *self.adapters) if (folder / name).is_file()]
         return found[-1] if found else None
+
+
+def digest(files: Iterable[Path]) -> str:
+    """One sha256 over names and contents of files."""
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def locate(name: str | Path, download: bool = True, setting: str = "checkpoint") -> Source:
@@ -124,7 +129,7 @@ def find_checkpoint(name: str, setting: str = "checkpoint", download: bool = Tru
         short, at = repository.rsplit("/", 1)[-1], f" --revision {revision}" if revision else ""
         raise UserError(
             f"{setting}: {name} is neither a folder nor in the local Hugging Face cache, and the hub did not give it "
-            f"({_reason(error)}); check the name, or download it where there is a network with "
+            f"({reason(error)}); check the name, or download it where there is a network with "
             f"'hf download {repository}{at} --local-dir checkpoints/{short}' and use the folder checkpoints/{short}"
         ) from None
     return Path(found)
@@ -152,12 +157,12 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload with dtvla export"))
     except Exception as error:  # as in find_checkpoint
         raise UserError(
-            f"push_to_hub: {repository} was not written ({_reason(error)}); log in with 'hf auth login', then repeat "
+            f"push_to_hub: {repository} was not written ({reason(error)}); log in with 'hf auth login', then repeat "
             f"with 'hf upload {repository} {folder}'"
         ) from None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What an exception says, on one line."""
     return " ".join(str(error).split())[:REASON_LENGTH] or type(error).__name__
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,9 @@ def test_further_attempts_differ_but_each_is_always_the_same(dataset: AnnotatedF
         assert texts(again.label(dataset[0], chosen)) == [by_job[job] for job in chosen]
     other = texts(open_model(folder, seed=1).label(dataset[0], jobs))
     assert [text == by_job[job] for job, text in zip(jobs, other, strict=True)] == [job.attempt == 0 for job in jobs]
+    hot = open_model(folder, temperature=1e6)  # the pictures have no say: random numbers alone make the difference
+    noise = [text for episode in (dataset[0], dataset[1]) for text in texts(hot.label(episode, drawn))]
+    assert len({*noise}) == len(noise)
 
 
 def test_words_are_drawn_with_their_probabilities() -> None:
@@ -240,6 +244,9 @@ def test_words_are_drawn_with_their_probabilities() -> None:
     shares = (drawn == 0).float().mean(0).numpy()
     np.testing.assert_allclose(shares, expected, atol=0.04)
     assert shares[1] == 0
+    words = _Words([[7, 0, 1]], 0.5)
+    words._streams = [SimpleNamespace(random=lambda: 0.0)]  # type: ignore[list-item]
+    assert words(torch.zeros(1, 1), torch.tensor([[-torch.inf, 1.0, 1.0]])).tolist() == [[-np.inf, 0.0, -np.inf]]
 
 
 def test_the_model_reads_the_pictures_of_its_frame_in_the_order_of_the_cameras(
@@ -254,6 +261,8 @@ def test_the_model_reads_the_pictures_of_its_frame_in_the_order_of_the_cameras(
     expected = annotator._processor.image_processor([pictures[1].resize((24, 24), Image.Resampling.BICUBIC)])
     assert np.array_equal(small._inputs(episode, [Job(20)])["pixel_values"], expected["pixel_values"])
     turned = open_model(folder, cameras=CAMERAS[::-1])
+    expected = annotator._processor.image_processor(pictures[1::-1], return_tensors="pt")["pixel_values"]
+    assert torch.equal(turned._inputs(episode, [Job(20)])["pixel_values"], expected)
     assert texts(turned.label(episode, [Job(3)])) != texts(annotator.label(episode, [Job(3)]))
 
 
@@ -303,7 +312,7 @@ def test_the_makers_settings_for_drawing_words_do_not_count(
 ) -> None:
     other = shutil.copytree(folder, tmp_path / "other")
     settings = json.loads((folder / "generation_config.json").read_text())
-    sampling = {"do_sample": True, "temperature": 9.0, "top_p": 0.5, "top_k": 2, "num_beams": 3, "max_length": 4}
+    sampling = {"do_sample": True, "temperature": 9.0, "top_p": 0.5, "top_k": 2, "num_beams": 3}
     (other / "generation_config.json").write_text(json.dumps(settings | sampling))
     jobs = [Job(3), Job(3, 1), Job(4, 2)]
     assert texts(open_model(other).label(dataset[0], jobs)) == texts(open_model(folder).label(dataset[0], jobs))
@@ -338,6 +347,10 @@ def test_identity_tells_apart_what_writes_other_thoughts(folders: dict[str, Path
     ]
     found = [open_model(**{"folder": folders["qwen3"], **changes}).identity for changes in settings]
     assert len({json.dumps(identity, sort_keys=True) for identity in found}) == len(settings)
+    moved = open_model(shutil.copytree(folders["qwen3"], tmp_path / "moved")).identity
+    digests = [identity["model"].split()[-1] for identity in (moved, *found[:3])]
+    assert digests[0] == digests[1]
+    assert len({*digests}) == 3
     assert open_model(folders["qwen3"], batch_size=3).identity == found[0]
     assert open_model(folders["qwen3"], batch_size=3).jobs_per_call == 3
     recipe = OmegaConf.load(config_dir() / "annotator/transformers.yaml")
@@ -403,8 +416,11 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_folder_that_will_not_do_is_refused(folders: dict[str, Path], tmp_path: Path, fault: str) -> None:
+def test_a_folder_that_will_not_do_is_refused(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     spoil, message = FAULTS[fault]
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to transformers' question whether to run a folder's code
     folder = shutil.copytree(folders["qwen3"], tmp_path / "a/b/model")
     open_model(folder)
     spoil(folder)
