@@ -26,7 +26,7 @@ COMMANDS = {
     "train": "fine-tune a policy, e.g. +experiment=libero_cot_sft",
     "evaluate": "run a checkpoint in LIBERO: success rates with intervals, videos with thoughts",
     "compare": "two evaluations over the same init states: difference with interval, McNemar's paired test",
-    "report": "write a report of a training run and its evaluations",
+    "report": "one page of a training run, its evaluations, or a comparison: HTML that holds everything, or Markdown",
     "export": "write a checkpoint in the published or in dtvla's format, with adapters merged; push it to a hub",
     "benchmark": "measure: latency, throughput, rollout, parity, training, memory, grpo",
 }
@@ -52,7 +52,8 @@ def entry(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], Non
 
     The configuration is ``conf/<config_name>.yaml``. A folder of the user's own (``--config-dir``) is searched first:
     its files add to the shipped ones and win over those of the same name. A :class:`UserError` and a missing or
-    mistyped value end the process with one line and exit code 2. In a multirun the first such error ends the sweep.
+    mistyped value end the process with one line and exit code 2. In a multirun a job that fails, for whatever reason,
+    leaves the others alone: it is named at the end, and the exit code is 2.
 
     Args:
         config_name: name of the primary configuration, without ``.yaml``.
@@ -61,35 +62,51 @@ def entry(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], Non
     def decorate(function: Callable[[Any], Any]) -> Callable[[], None]:
         @wraps(function)
         def task(cfg: Any) -> Any:
-            from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+            from dtvla import jobs
 
             try:
-                return function(cfg)
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-            except MissingMandatoryValue as error:
-                print(f"error: {error.full_key}: not given; set {error.full_key}=...", file=sys.stderr)
-            except OmegaConfBaseException as error:
-                print(f"error: configuration: {' '.join(str(error).split())}", file=sys.stderr)
+                return jobs.run(function, cfg) if jobs.in_multirun() else function(cfg)
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
                 raise SystemExit(INTERRUPT_EXIT_CODE) from None
+            except Exception as error:
+                message = explanation(error)
+                if message is None:
+                    raise
+                print(f"error: {message}", file=sys.stderr)
             raise SystemExit(USER_ERROR_EXIT_CODE)
 
         @wraps(function)
         def run() -> None:
             import hydra
 
+            from dtvla.multirun import check_plugins, told
+
             try:
                 folder = _put_users_folder_first(config_dir())
+                check_plugins(sys.argv[1:])
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 raise SystemExit(USER_ERROR_EXIT_CODE) from None
-            hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
+            with told():
+                hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
 
         return run
 
     return decorate
+
+
+def explanation(error: Exception) -> str | None:
+    """What a user is told of an error that they can mend, on one line; None of a defect of dtvla."""
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}: not given; set {error.full_key}=..."
+    if isinstance(error, OmegaConfBaseException):
+        return f"configuration: {' '.join(str(error).split())}"
+    return None
 
 
 def _put_users_folder_first(shipped: Path) -> Path:

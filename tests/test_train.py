@@ -21,7 +21,7 @@ from training_data import INSTRUCTION, TINY, write_demonstrations
 from dtvla.callbacks.checkpoint import read_step
 from dtvla.cli import config_dir
 from dtvla.errors import UserError
-from dtvla.learning.experiment import _job_name, train
+from dtvla.learning.experiment import train
 from dtvla.policy.cot import CotMode
 from dtvla.policy.policy import Policy
 
@@ -191,12 +191,3 @@ def test_overfitting_one_batch_drives_its_loss_down(settings: list[str]) -> None
     )
     assert loss is not None
     assert loss < 3.0
-
-
-def test_jobs_of_a_sweep_have_folders_of_their_own_that_a_resume_finds_again() -> None:
-    long = [f"model.text.some_long_setting_{index}={index}" for index in range(20)]
-    first, second = (_job_name([*long, f"seed={seed}", "name=sweep"]) for seed in (1, 2))
-    assert first != second
-    assert first == _job_name([*reversed(long), "resume=true", "seed=1", "name=other"])
-    assert len(first) < 120
-    assert _job_name(["seed=1", "data.root=/a/b"]) == "data.root=_a_b,seed=1"

@@ -58,7 +58,7 @@ def write_report(cfg: "DictConfig") -> Path:
     default = f"{cfg.paths.root}/evaluations/{run.resolve().name}/*"
     evaluations = load_evaluations([default] if cfg.evaluations is None else cfg.evaluations)
     output = run / "report.md" if cfg.output is None else Path(str(cfg.output)).expanduser()
-    dataset = _dataset(run, cfg.dataset)
+    dataset = dataset_folder(run, cfg.dataset)
     curves = draw_curves(read_metrics(run / "metrics.csv"), output.with_name("curves.png"))
     sections = [
         f"# {cfg.title or 'Report of ' + run.resolve().name}",
@@ -119,7 +119,7 @@ def _results_section(evaluations: Sequence[Evaluation], base: Path) -> str:
     notes = [f"* `{e.mode}`: {MODE_WORDS.get(e.mode, '')}" for e in evaluations]
     tasks = dict.fromkeys((e.suite, e.task_id, e.instruction) for v in evaluations for e in v.results.episodes)
     named = [f"* {suite} task {task_id}: *{words}*" for suite, task_id, words in tasks]
-    states = dict.fromkeys(_ranges(v.results.settings.get("init_states", [])) for v in evaluations)
+    states = dict.fromkeys(ranges(v.results.settings.get("init_states", [])) for v in evaluations)
     named.append(f"* init states {' / '.join(states)} of the benchmark; intervals are Wilson's")
     films = [
         f"* `{v.mode}`, init state {e.init_state}, {'solved' if e.success else 'not solved'}: "
@@ -171,7 +171,7 @@ def _strip_section(evaluations: Sequence[Evaluation], base: Path) -> str:
 
 def _training_section(run: Path, curves: Path | None, base: Path) -> str:
     parts = ["## Training"]
-    facts = _json(run / "result.json")
+    facts = read_facts(run / "result.json")
     if facts:
         parts.append(facts_table({"optimiser steps": facts.get("steps"), "parameters": facts.get("parameters")}))
     if curves is not None:
@@ -184,7 +184,7 @@ def _training_section(run: Path, curves: Path | None, base: Path) -> str:
 
 
 def _collection_section(dataset: Path | None, evaluations: Sequence[Evaluation]) -> str:
-    facts = _collection(dataset)
+    facts = collection_facts(dataset)
     if not facts:
         return ""
     request = facts.get("request", {})
@@ -195,14 +195,14 @@ def _collection_section(dataset: Path | None, evaluations: Sequence[Evaluation])
         "success rate of the tries": facts.get("success_rate"),
         "steps": facts.get("steps"),
         "rendering": request.get("render"),
-        "init states": _ranges(used),
+        "init states": ranges(used),
     }
     parts = ["## Demonstrations", facts_table(rows)]
     tested = {i for v in evaluations for i in v.results.settings.get("init_states", [])}
     if used and tested:
         shared = sorted(tested & set(used))
         parts.append(
-            f"**Init states {_ranges(shared)} are in the demonstrations and in the evaluation.**"
+            f"**Init states {ranges(shared)} are in the demonstrations and in the evaluation.**"
             if shared
             else "No init state of the evaluation is in the demonstrations."
         )
@@ -210,9 +210,9 @@ def _collection_section(dataset: Path | None, evaluations: Sequence[Evaluation])
 
 
 def _repeat_section(run: Path, dataset: Path | None, evaluations: Sequence[Evaluation]) -> str:
-    phases = [("collect", _collection(dataset)), ("train", _json(run / "result.json"))]
+    phases = [("collect", collection_facts(dataset)), ("train", read_facts(run / "result.json"))]
     phases += [(f"evaluate ({v.mode}{_part(v)})", v.results.provenance) for v in evaluations]
-    times = [(name, seconds) for name, facts in phases if (seconds := _seconds(facts)) is not None]
+    times = [(name, seconds) for name, facts in phases if (seconds := phase_seconds(facts)) is not None]
     commands = dict.fromkeys(str(facts["command"]) for _, facts in phases if facts.get("command"))
     parts = ["## How to repeat it"]
     if commands:
@@ -229,15 +229,16 @@ def _part(evaluation: Evaluation) -> str:
     return ", since it was resumed" if evaluation.results.provenance.get("resumed") else ""
 
 
-def _seconds(facts: dict[str, Any]) -> float | None:
+def phase_seconds(facts: dict[str, Any]) -> float | None:
     """Wall time of a phase, under the name that its command gave it."""
     found = facts.get("seconds", facts.get("seconds_since_last_start"))
     found = found.get("last_run") if isinstance(found, dict) else found
     return None if found is None else float(found)
 
 
-def _collection(dataset: Path | None) -> dict[str, Any]:
-    return _json(dataset / "meta" / "collection.json") if dataset else {}
+def collection_facts(dataset: Path | None) -> dict[str, Any]:
+    """What `dtvla collect` recorded about a dataset; empty when it recorded nothing."""
+    return read_facts(dataset / "meta" / "collection.json") if dataset else {}
 
 
 def _machine_section(evaluations: Sequence[Evaluation]) -> str:
@@ -246,7 +247,7 @@ def _machine_section(evaluations: Sequence[Evaluation]) -> str:
     return f"## Machine and versions\n\n{facts_table(facts)}" if facts else ""
 
 
-def _dataset(run: Path, setting: str | None) -> Path | None:
+def dataset_folder(run: Path, setting: str | None) -> Path | None:
     """The folder of the demonstrations: as set, else as the run's configuration says, else None."""
     if setting is not None:
         folder = Path(str(setting)).expanduser()
@@ -262,7 +263,12 @@ def _dataset(run: Path, setting: str | None) -> Path | None:
     return Path(str(root)) if root else None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_facts(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file or no object in it.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
@@ -276,7 +282,7 @@ def _link(path: Path, base: Path) -> str:
     return Path(path.resolve()).relative_to(base.resolve(), walk_up=True).as_posix()
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """Integers in words, runs joined: 0-9, 12."""
     parts: list[list[int]] = []
     for number in numbers:

@@ -1,4 +1,4 @@
-"""Small pieces of Markdown."""
+"""Tables in Markdown and LaTeX, and small pieces of Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,6 +6,18 @@ from typing import Any
 from dtvla.analysis.intervals import Rate
 
 BAR_CELLS = 20
+_LATEX = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "[": "{[}",  # behind the end of a row it would begin an option
+    "*": "{*}",
+    "\n": " ",
+}
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -21,6 +33,44 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def latex_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str | None = None, label: str | None = None
+) -> str:
+    r"""A LaTeX table with booktabs' rules; every cell is text and escaped.
+
+    Columns in which every cell is a number (or begins with one) stand to the right. The document needs
+    ``\usepackage{booktabs}``, and ``\usepackage[T1]{fontenc}`` for quotation marks.
+
+    Args:
+        header: names of the columns.
+        rows: cells, as many in each as the header has.
+        caption: with it, the tabular stands in a floating table below its caption; it is text and escaped, too.
+        label: name for ``\ref``; needs a caption.
+
+    Raises:
+        ValueError: a row has another number of cells than the header, or a label has no caption or needs escapes.
+    """
+    if any(len(row) != len(header) for row in rows):
+        raise ValueError(f"table: a row does not have {len(header)} cells")
+    if label is not None and (caption is None or escape_latex(label).replace(r"\_", "_") != label):
+        raise ValueError(f"label: {label!r} needs a caption, and may hold letters, digits and : - _ only")
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(header)
+    places = "".join("r" if column and all(map(_is_number, column)) else "l" for column in columns)
+    lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in (header, *rows)]
+    body = [f"\\begin{{tabular}}{{{places}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    body.append(r"\end{tabular}")
+    if caption is not None:
+        named = [] if label is None else [f"\\label{{{label}}}"]
+        head = [r"\begin{table}", r"\centering", f"\\caption{{{escape_latex(caption)}}}", *named]
+        body = [*head, *body, r"\end{table}"]
+    return "\n".join(body)
+
+
+def escape_latex(text: str) -> str:
+    """The text as LaTeX prints it; line breaks become spaces."""
+    return "".join(_LATEX.get(sign, sign) for sign in text)
 
 
 def facts_table(facts: Mapping[str, Any]) -> str:
@@ -48,6 +98,10 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _is_number(cell: str) -> bool:
+    return cell in ("", "-") or cell.lstrip("+-<*").split(" ")[0].rstrip("%*").replace(".", "", 1).isdigit()
 
 
 def _words(value: Any) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import signal
 import time
 import warnings
-from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +16,7 @@ from omegaconf import DictConfig
 from dtvla import __version__
 from dtvla.cli import command_line
 from dtvla.errors import UserError
+from dtvla.jobs import by_joblib, in_multirun, name_of, varied
 from dtvla.learning.composing import made, plain, say
 from dtvla.learning.run_folder import RunFolder
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 SIGINT_EXIT_CODE = 128 + signal.SIGINT
-LONGEST_JOB_NAME = 80
 ALGORITHMS = ("sft", "grpo")
 
 
@@ -45,7 +42,7 @@ def train(cfg: DictConfig) -> float | None:
     """
     folder = _run_folder(cfg)
     cfg.run.folder = str(folder.path)
-    checkpoint = folder.begin(plain(cfg), resume=bool(cfg.resume))
+    checkpoint = folder.begin(plain(cfg), resume=in_multirun() if cfg.resume is None else bool(cfg.resume))
     result = folder.result()
     if result is not None:
         print(f"This run is finished ({result['steps']} steps); its policy is {folder.policy}")
@@ -136,6 +133,11 @@ def _trainer(cfg: DictConfig) -> Trainer:
         logger=loggers or False,
         plugins=[AtomicCheckpointIO()],
     )
+    if trainer.world_size > 1 and by_joblib():  # Lightning would repeat the command line of a joblib process
+        raise UserError(
+            f"trainer.devices: {trainer.world_size} processes for one job, but hydra/launcher=joblib starts one; "
+            "use hydra/launcher=basic or submitit_slurm"
+        )
     return trainer
 
 
@@ -185,23 +187,10 @@ def _result(
 
 
 def _run_folder(cfg: DictConfig) -> RunFolder:
-    """``<paths.runs>/<name>``; in a sweep every job has a folder of its own, named by its overrides."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
+    """``<paths.runs>/<name>``; in a multirun every job has a folder of its own, named by what the multirun varies."""
     path = Path(str(cfg.paths.runs)) / str(cfg.name)
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        path = path.with_name(f"{path.name}-{_job_name(HydraConfig.get().overrides.task)}")
-    return RunFolder(path)
-
-
-def _job_name(overrides: Sequence[str]) -> str:
-    """A folder name for a job of a sweep, the same when it is resumed; long ones end in a digest."""
-    kept = [text for text in sorted(overrides) if text.split("=")[0] not in ("name", "resume", "+experiment")]
-    name = re.sub(r"[^A-Za-z0-9_.=,+-]+", "_", ",".join(kept)) or "job"
-    if len(name) <= LONGEST_JOB_NAME:
-        return name
-    return f"{name[:LONGEST_JOB_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    others = {key: value for key, value in varied().items() if value != path.name}  # but for name, experiment
+    return RunFolder(path.with_name(f"{path.name}-{name_of(others)}") if others else path)
 
 
 def _quiet() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dtvla.cli import command_line
 from dtvla.cores import positive, worker_count
 from dtvla.errors import UserError
+from dtvla.jobs import neighbours
 from dtvla.rollout import journal
 from dtvla.rollout import results as records
 from dtvla.rollout.plan import Plan, make_plan
@@ -168,7 +169,7 @@ def _crew(cfg: "DictConfig", plan: Plan, ranks: Ranks, episodes: int, before: Ma
     conditions = {"versions": records.versions(), "device": device.type, "dtype": type_name(dtype)}
     if before is not None:
         _refuse_other_conditions(plan.output, before, conditions)
-    workers = worker_count(cfg.workers, episodes, ranks.local_count)
+    workers = worker_count(cfg.workers, episodes, ranks.local_count * neighbours())
     policy = _load_policy(cfg, plan.checkpoint, device, dtype)
     cot = CotMode.from_config(plan.settings["cot"])
     return _Crew(policy, cot, _batch_size(cfg.batch_size, policy), workers, conditions)
@@ -249,6 +250,7 @@ def _provenance(cfg: "DictConfig", plan: Plan, crew: _Crew, ranks: Ranks, starte
         "command": command_line("evaluate"),
         "config": OmegaConf.to_container(cfg, resolve=True),
         "checkpoint": str(plan.checkpoint),
+        "decoder": crew.policy.model.decoder,
         "statistics_sha256": crew.policy.processor.normalizer.statistics.digest(),
         **crew.conditions,
         "machine": records.machine(),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtvla.errors import UserError
+from dtvla.jobs import name_of, varied
 from dtvla.policy.hub import locate
 from dtvla.rollout.runner import episode_specs
 from dtvla.sim.pool import EpisodeSpec, pool_settings
@@ -13,6 +14,8 @@ from dtvla.sim.suites import Task, get_tasks, step_limit
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+NAMED = ("checkpoint", "env", "env.suite", "cot", "cot.mode")  # settings that every results folder is named by
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,17 @@ def _filmed(setting: int | Sequence[int], init_states: Sequence[int]) -> list[in
 
 
 def _output(cfg: "DictConfig") -> Path:
+    """The results folder; in a multirun every job has one of its own, named by what the multirun varies."""
+    from omegaconf import OmegaConf
+
+    arm = varied()
     if cfg.output is not None:
-        return Path(str(cfg.output)).expanduser()
+        output = Path(str(cfg.output)).expanduser()
+        if not arm or "output" in arm or OmegaConf.is_interpolation(cfg, "output"):
+            return output
+        return output / name_of(arm)
     folder = Path(str(cfg.checkpoint)).expanduser().resolve()  # of a hub id, OWNER/NAME, the last part is a name too
     run = {"policy": folder.parent.name, "best": f"{folder.parent.name}-best"}.get(folder.name, folder.name)
-    return Path(str(cfg.paths.root)) / "evaluations" / run / f"{cfg.env.suite}-{cfg.cot.mode}"
+    others = name_of({key: value for key, value in arm.items() if key not in NAMED})
+    name = f"{cfg.env.suite}-{cfg.cot.mode}" + (f"-{others}" if others else "")
+    return Path(str(cfg.paths.root)) / "evaluations" / run / name

@@ -54,6 +54,8 @@ class Thought:
         truncated: the thought reached its length limit before it closed.
         tokens: tokens that the model wrote, tags counted; 0 for a thought that it was given.
         forwards: passes of the model that wrote them; fewer than tokens when the thought before served as a draft.
+        gripper: what the chunk decided on tells the gripper, a letter a step: ``c`` close, ``o`` open; None where it
+            was not recorded.
     """
 
     step: int
@@ -61,6 +63,7 @@ class Thought:
     truncated: bool = False
     tokens: int = 0
     forwards: int = 0
+    gripper: str | None = None
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,9 @@ class _Run:
                 self.recorder.decided(episode.spec, episode.step, decision)
             ids, forwards = decision.thought_ids, decision.thought_forwards
             written = len(ids) if forwards else 0
-            episode.thoughts.append(Thought(episode.step, decision.thought, decision.truncated, written, forwards))
+            gripper = "".join("c" if told > 0 else "o" for told in decision.actions_SD[:, -1])
+            thought = Thought(episode.step, decision.thought, decision.truncated, written, forwards, gripper)
+            episode.thoughts.append(thought)
             episode.draft = ids
             episode.latency.append(float(decision.latency_s))
 

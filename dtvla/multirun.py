@@ -1,0 +1,147 @@
+"""A multirun (``-m``) from the process that was started: what it varies, and what became of its jobs.
+
+Where and how the jobs run is the business of Hydra's launchers, which settings they get that of its sweepers. Each job
+keeps a record (:mod:`dtvla.jobs`). Hydra itself stops at the first failed job and names no other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, open_dict, read_write
+
+from dtvla.cli import INTERRUPT_EXIT_CODE, USER_ERROR_EXIT_CODE
+from dtvla.cores import usable_cores
+from dtvla.errors import UserError
+from dtvla.jobs import Record, read_records
+
+BEST_FILE = "optimization_results.yaml"  # written by hydra-optuna-sweeper
+PLUGINS = {
+    r"hydra/launcher=joblib": "hydra_joblib_launcher",
+    r"hydra/launcher=submitit_.*": "hydra_submitit_launcher",
+    r"hydra/sweeper=optuna|\+sweep=.*": "hydra_optuna_sweeper",
+}
+MEANINGS = {"running": "no end", "done": "done", "failed": "failed", "stopped": "stopped"}
+NO_END = "it was killed, ran out of memory or time, or still runs elsewhere"
+
+_folders: list[Path] = []
+
+
+class Multirun(Callback):
+    """Prepares a multirun; Hydra calls it in the process that was started, before any job."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Tell the jobs which settings vary and how many of them run at a time; make the folder of their records."""
+        folder = Path(str(config.hydra.sweep.dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        _folders.append(folder)
+        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        fixed = ",".join(f"'{one.get_key_element()}'" for one in overrides if not one.is_sweep_override())
+        told = [f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]"]
+        with read_write(config), open_dict(config):
+            if "n_jobs" in config.hydra.launcher:  # of joblib; below 0 it counts down from all cores
+                jobs = int(config.hydra.launcher.n_jobs)
+                jobs = jobs if jobs > 0 else max(1, usable_cores() + 1 + jobs)
+                config.hydra.launcher.n_jobs = min(jobs, _most(config, overrides))
+                told.append(f"hydra.launcher.n_jobs={config.hydra.launcher.n_jobs}")
+            config.hydra.overrides.hydra.extend(told)
+        logging.getLogger("hydra_plugins").setLevel(logging.ERROR)  # a failed trial is told below, with its reason
+
+
+def _most(config: DictConfig, overrides: Sequence[Override]) -> int:
+    """How many jobs there are at most."""
+    if "n_trials" in config.hydra.sweeper:
+        return int(config.hydra.sweeper.n_trials)
+    return math.prod(len(list(one.sweep_string_iterator())) for one in overrides if one.is_sweep_override())
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Tell at the end what became of the jobs, when the body was a multirun.
+
+    Raises:
+        SystemExit: a job did not succeed; code 2.
+    """
+    _folders.clear()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not _folders:
+            raise
+        _tell(_folders[-1])
+        raise SystemExit(INTERRUPT_EXIT_CODE) from None
+    except SystemExit as end:
+        if _folders and not _tell(_folders[-1]) and end.code in (None, 0, 1):  # 1: Hydra's own, after its message
+            raise SystemExit(USER_ERROR_EXIT_CODE) from None
+        raise
+    else:
+        if _folders and not _tell(_folders[-1]):
+            raise SystemExit(USER_ERROR_EXIT_CODE)
+
+
+def _tell(folder: Path) -> bool:
+    """Print what became of the jobs; return whether all that began have succeeded."""
+    records = read_records(folder)
+    failed = [record for record in records if record.state != "done"]
+    if len(records) > 1 or failed:
+        print(f"\nmultirun: {len(records) - len(failed)} of {len(records)} jobs done; records in {folder}")
+        for line in _lines(records):
+            print(line)
+    if (folder / BEST_FILE).is_file():
+        print(_best(folder / BEST_FILE))
+    if failed:
+        print("The same command runs what is missing; finished results stay as they are.", file=sys.stderr)
+    return not failed
+
+
+def _lines(records: Sequence[Record]) -> Iterator[str]:
+    for record in records:
+        state = MEANINGS[record.state]
+        outcome = "" if record.value is None else f"  {record.value:.6g}"
+        yield f"  {record.number:3d} {state:8s}{record.name or 'the only job'}{outcome}"
+        reason = NO_END if record.state == "running" else record.reason
+        if reason:
+            yield f"      {' ' * 8}{reason}" + (f" (log: {record.log})" if record.log else "")
+
+
+def _best(path: Path) -> str:
+    import yaml
+
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "best_params" not in found:
+        return f"best: several, in {path}"
+    settings = " ".join(f"{key}={value}" for key, value in found["best_params"].items())
+    return f"best: {found['best_value']:.6g} with {settings}"
+
+
+def check_plugins(arguments: Sequence[str]) -> None:
+    """Refuse a launcher or sweeper on the command line whose package is not installed, before Hydra can't find it.
+
+    Raises:
+        UserError: names the package.
+    """
+    for argument in arguments:
+        for pattern, package in PLUGINS.items():
+            if re.fullmatch(pattern, argument) and not _installed(f"hydra_plugins.{package}"):
+                raise UserError(
+                    f"{argument}: the package {package.replace('_', '-')} is not installed; "
+                    "install dtvla's extra for sweeps, pip install -e '.[sweep]'"
+                )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # no plugin at all
+        return False

@@ -1,0 +1,182 @@
+"""Rates and paired differences against scipy and numbers counted with plain dictionaries."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from evaluations import benchmark, episode, evaluation
+from scipy.stats import binomtest
+
+from dtvla.analysis.ablation import compare_arms, success
+from dtvla.analysis.frames import Run, decision_frame, episode_frame, load_results, read_runs
+from dtvla.analysis.pairing import tally
+from dtvla.analysis.plots import plot_differences, plot_latency, plot_over_time, plot_success, plot_tasks, save_figure
+from dtvla.analysis.tables import latex_table, markdown_table
+from dtvla.analysis.tabulate import crossed_success_table, difference_table, number_table, success_table
+from dtvla.analysis.thinking import latency_quantiles, over_time
+from dtvla.errors import UserError
+
+RECORDED = Path(__file__).resolve().parents[2] / "experiments"
+KEYS = ["suite", "task_id", "init_state", "seed"]
+
+
+def random_arms(seed: int, seeds: int = 1) -> pd.DataFrame:
+    """Three arms over two suites; of each a tenth of the episodes is missing."""
+    rng = np.random.default_rng(seed)
+    runs = []
+    for mode, skill in (("think", 0.8), ("mask", 0.7), ("random", 0.4)):
+        for suite in ("libero_goal", "libero_10"):
+            episodes = [
+                episode(task, state, bool(rng.random() < skill), seed=number, suite=suite)
+                for task in range(3)
+                for state in range(8)
+                for number in range(seeds)
+                if rng.random() < 0.9
+            ]
+            runs.append(Run(f"{suite}-{mode}", Path(), evaluation(episodes, mode, suite=suite)))
+    return episode_frame(runs)
+
+
+def outcomes(frame: pd.DataFrame, arm: str) -> dict[tuple[object, ...], bool]:
+    return {tuple(row[k] for k in KEYS): row["success"] for row in frame.to_dict("records") if row["arm"] == arm}
+
+
+def test_rates_are_counted_and_have_scipys_intervals(capsys: pytest.CaptureFixture[str]) -> None:
+    frame = random_arms(0)
+    table = success(frame, ["arm", "suite", "task_id"])
+    assert len(table) == 3 * 2 * 3
+    for row in table.to_dict("records"):
+        own = [
+            bool(s)
+            for s, *key in zip(frame["success"], frame["arm"], frame["suite"], frame["task_id"], strict=True)
+            if key == [row["arm"], row["suite"], row["task_id"]]
+        ]
+        expected = binomtest(sum(own), len(own)).proportion_ci(method="wilson")
+        assert (row["successes"], row["episodes"]) == (sum(own), len(own))
+        assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
+    assert success(frame)["episodes"].sum() == len(frame)
+    assert "episodes of arm mask are not in all arms" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_arms_are_compared_over_the_pairs_they_share(seeds: int) -> None:
+    frame = random_arms(seeds, seeds)
+    table = compare_arms(frame, "think", by=["suite"], n_boot=500)
+    assert table[["arm", "suite"]].to_numpy().tolist() == [
+        [arm, suite] for arm in ("mask", "random") for suite in ("libero_goal", "libero_10")
+    ]
+    base = outcomes(frame, "think")
+    for row in table.to_dict("records"):
+        mine = {key: s for key, s in outcomes(frame, row["arm"]).items() if key[0] == row["suite"]}
+        other = {key: s for key, s in base.items() if key[0] == row["suite"]}
+        shared = mine.keys() & other.keys()
+        counts = tally((other[key], mine[key]) for key in shared)
+        assert row["pairs"] == len(shared)
+        assert (row["left_out"], row["baseline_left_out"]) == (len(mine) - len(shared), len(other) - len(shared))
+        assert (row["only_arm"], row["only_baseline"]) == (counts.only_b, counts.only_a)
+        assert row["difference"] == pytest.approx(row["rate"] - row["baseline_rate"]) == counts.difference
+        assert (row["newcombe_low"], row["newcombe_high"]) == counts.interval
+        assert row["low"] <= row["difference"] <= row["high"]
+        if seeds == 1:
+            assert row["p_value"] == pytest.approx(counts.p_value)
+    whole = compare_arms(frame, "think", n_boot=500)
+    assert whole["pairs"].tolist() == table.groupby("arm", sort=False)["pairs"].sum().tolist()
+
+
+def test_bootstrap_equals_one_that_is_written_out() -> None:
+    """Tasks kept, init states drawn anew with all their seeds, one draw after the other."""
+    frame = random_arms(7, 2)
+    row = compare_arms(frame, "think", n_boot=4000).iloc[1]
+    mine, base = outcomes(frame, row["arm"]), outcomes(frame, "think")
+    tasks: dict[object, dict[object, list[int]]] = {}
+    for key in mine.keys() & base.keys():
+        tasks.setdefault(key[:2], {}).setdefault(key[2], []).append(int(mine[key]) - int(base[key]))
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(4000):
+        changes: list[int] = []
+        for states in tasks.values():
+            lists = list(states.values())
+            for place in rng.integers(0, len(lists), len(lists)):
+                changes += lists[place]
+        drawn.append(np.mean(changes))
+    assert (row["low"], row["high"]) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.012)
+
+
+def test_p_values_are_corrected_for_all_rows() -> None:
+    table = compare_arms(random_arms(3), "random", by=["suite", "task_id"], n_boot=100).sort_values("p_value")
+    expected = np.maximum.accumulate(table["p_value"].to_numpy() * np.arange(12, 0, -1)).clip(max=1)
+    assert table["p_holm"].tolist() == pytest.approx(expected.tolist())
+    assert table["p_holm"].min() < 1
+
+
+def test_recorded_arms_give_the_recorded_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    """The quickstart: think solved 16 of 20 that mask and random did not solve; nothing stands against comparing."""
+    table = compare_arms(load_results(RECORDED / "quickstart"), "think")
+    assert capsys.readouterr().err == ""
+    assert table["only_baseline"].tolist() == [16, 16]
+    assert table["p_value"].tolist() == pytest.approx([2 / 2**16] * 2)
+    assert table["p_holm"].tolist() == pytest.approx([4 / 2**16] * 2)
+
+
+def test_other_rules_are_said_before_numbers_are_given(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {
+        "a": evaluation([episode(0, 0, True)]),
+        "b": evaluation([episode(0, 0, False), episode(0, 1, True)], "mask", render="draft"),
+    }
+    frame = episode_frame([Run(name, Path(), results) for name, results in runs.items()])
+    expected = (
+        "warning: render differs: full in a; draft in b\nwarning: 1 of the 2 episodes of arm mask are not in all arms\n"
+    )
+    compare_arms(frame, "think")
+    assert capsys.readouterr().err == expected
+    success(frame)
+    assert capsys.readouterr().err == expected
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    frame = random_arms(1)
+    with pytest.raises(UserError, match=r"^baseline: found 'nothing'; .*there are think, mask, random"):
+        compare_arms(frame, "nothing")
+    with pytest.raises(UserError, match=r"^baseline: .*at least two arms"):
+        compare_arms(frame[frame["arm"] == "think"], "think")
+    with pytest.raises(UserError, match=r"^by: found \['seed'\]"):
+        compare_arms(frame, "think", by=["seed"])
+    with pytest.raises(UserError, match=r"^arm mask: libero_goal task 0, init state \d+, seed 0 stands twice"):
+        compare_arms(pd.concat([frame, frame[frame["arm"] == "mask"]]), "think")
+    apart = frame[(frame["arm"] == "think") ^ (frame["suite"] == "libero_10")]
+    with pytest.raises(UserError, match=r"^arm mask: no episode in common with think"):
+        compare_arms(apart[apart["arm"].isin(["think", "mask"])], "think")
+    with pytest.raises(UserError, match=r"^frame: it has no column sweet"):
+        success(frame, ["sweet"])
+    with pytest.raises(UserError, match=r"^frame: it has no rows"):
+        success(frame[:0])
+
+
+def test_two_benchmarks_load_and_render_in_two_seconds(tmp_path: Path) -> None:
+    """500 episodes of 30 decisions each: tables, paired statistics and five figures."""
+    benchmark(tmp_path / "think", "think", lambda task, state: state >= 2)
+    benchmark(tmp_path / "mask", "mask", lambda task, state: (task + state) % 7 > 0)
+    small = episode_frame([Run("r", Path(), evaluation([episode(0, 0, True)]))])
+    save_figure(plot_success(success(small)), tmp_path / "first", ["png"])  # matplotlib's own imports and font cache
+    began = time.process_time()
+    runs = read_runs(tmp_path)
+    frame, decisions = episode_frame(runs), decision_frame(runs)
+    arms, tasks = success(frame), success(frame, ["arm", "suite", "task_id", "task"])
+    compared = compare_arms(frame, "think")
+    text = markdown_table(*success_table(arms)) + latex_table(*difference_table(compared))
+    text += markdown_table(*crossed_success_table(tasks, "arm")) + markdown_table(
+        *number_table(latency_quantiles(decisions))
+    )
+    for name, figure in {
+        "arms": plot_success(arms),
+        "tasks": plot_tasks(tasks),
+        "difference": plot_differences(compared),
+        "latency": plot_latency(decisions),
+        "time": plot_over_time(over_time(decisions)),
+    }.items():
+        save_figure(figure, tmp_path / name, ["png"])
+    taken = time.process_time() - began
+    assert "480/500" in text
+    assert taken < 2.0
