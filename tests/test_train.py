@@ -49,6 +49,7 @@ def settings(demonstrations: Path, root: Path) -> list[str]:
         "trainer.limit_val_batches=1",
         "trainer.log_every_n_steps=1",
         "callbacks.checkpoint.every_n_steps=7",
+        "callbacks.samples.frames=1",
         "data.num_workers=2",
         "+model.text.attention_dropout=0.1",
     ]
