@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtvla.cli import command_line, entry
-from dtvla.errors import UserError, check_keys
+from dtvla.errors import UserError
+from dtvla.kinds import check_kinds
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -60,6 +61,7 @@ def annotate(cfg: DictConfig) -> dict[str, Any]:
                 episodes = _label(dataset, labeller, annotator, answers)
                 record = _assemble(partial / "dataset", cfg, dataset, labeller, settings, episodes, answers.totals())
                 os.replace(partial / "dataset", output)
+                os.sync()  # a power cut must not find the answers gone and the dataset not there yet
                 answers.discard()
         except OSError as error:
             raise UserError(
@@ -73,6 +75,8 @@ def labeller_from(cfg: DictConfig, decisions: Mapping[tuple[int, int], Decision]
     """Checks and policies of a configuration; :class:`UserError` names a setting that is out of range or unknown."""
     from dataclasses import fields
 
+    from omegaconf import OmegaConf
+
     from dtvla.cot.engine import Labeller
     from dtvla.cot.keyframes import KeyFrameSettings
     from dtvla.cot.labels import LabelSettings
@@ -81,16 +85,14 @@ def labeller_from(cfg: DictConfig, decisions: Mapping[tuple[int, int], Decision]
     from dtvla.learning.composing import plain
 
     def made(kind: Any, group: str) -> Any:
+        check_kinds("", {group: dict}, {group: plain(cfg[group]) if OmegaConf.is_config(cfg[group]) else cfg[group]})
         values = plain(cfg[group])
-        check_keys(group, values, {field.name for field in fields(kind)})
-        try:
-            return kind(**values)
-        except TypeError as error:
-            raise UserError(
-                f"{group}: a value of {values} is of the wrong kind ({error}); see conf/annotate.yaml"
-            ) from None
+        check_kinds(group, kind, values)
+        return kind(**values)
 
-    settings = LabelSettings(str(cfg.frames), cfg.relabels, str(cfg.on_failure), cfg.carry_forward)
+    asked = {field.name: cfg[field.name] for field in fields(LabelSettings)}
+    check_kinds("", LabelSettings, asked)
+    settings = LabelSettings(**asked)
     keyframes = made(KeyFrameSettings, "keyframes")
     checks = Schema(made(SchemaSettings, "schema")), Temporal(made(TemporalSettings, "temporal"))
     return Labeller(settings, keyframes, *checks, decisions)
@@ -104,8 +106,12 @@ def _folders(cfg: DictConfig) -> tuple[Path, Path]:
 
     if missing := [name for name in ("dataset", "output") if OmegaConf.is_missing(cfg, name)]:
         raise UserError(f"{', '.join(missing)}: not given; dtvla annotate dataset=FOLDER output=FOLDER")
-    if isinstance(cfg.pictures, bool) or not isinstance(cfg.pictures, int) or cfg.pictures < 0:
-        raise UserError(f"pictures: found {cfg.pictures!r}; use 0 or a positive whole number")
+    kinds: dict[str, Any] = {"dataset": str, "output": str, "decisions": str | None, "pictures": int}
+    check_kinds("", kinds, {name: cfg[name] for name in kinds})
+    if cfg.pictures < 0 or not cfg.output:
+        raise UserError(
+            f"output, pictures: found {cfg.output!r}, {cfg.pictures}; give a folder, and 0 or more pictures"
+        )
     source, output = locate(str(cfg.dataset), Path(cfg.paths.data), "dataset"), Path(str(cfg.output)).expanduser()
     if source.resolve() in (output.resolve(), *output.resolve().parents):
         raise UserError(f"output: {output} lies in the dataset, which is not changed; choose another output=FOLDER")
@@ -138,9 +144,14 @@ def _decisions(cfg: DictConfig, dataset: AnnotatedFrames) -> dict[tuple[int, int
 
 
 def _annotator(cfg: DictConfig) -> Annotator | None:
-    from dtvla.learning.composing import made
+    from hydra.utils import get_class
+
+    from dtvla.learning.composing import made, plain
 
     if cfg.annotator:
+        values = plain(cfg.annotator)
+        kind = get_class(values.pop("_target_"))
+        check_kinds("annotator", kind, {name: value for name, value in values.items() if name != "_convert_"})
         annotator: Annotator = made(cfg.annotator)
         return annotator
     if cfg.decisions is None:
@@ -171,7 +182,7 @@ def _finished(output: Path, settings: Mapping[str, Any]) -> dict[str, Any] | Non
     from dtvla.cot.answers import refuse_others
     from dtvla.cot.provenance import earlier_record
 
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.is_symlink() and (not output.exists() or (output.is_dir() and not any(output.iterdir()))):
         return None
     try:
         record = earlier_record(output)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtvla.cli import entry
 from dtvla.errors import UserError
+from dtvla.kinds import check_kinds
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from dtvla.cot.review.session import Check, Review
 
 SHOWS = ("unreviewed", "all")
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("dataset", "bundle", "decisions", "reviewer", "thought_tokenizer", "export"), str | None),
+    **{"show": str, "changes": bool, "episodes": list[int] | None, "strip": list[int], "schema": dict[str, Any]},
+    **{"import": str | list[str] | None, "host": str, "port": int},
+}
 CONFLICTS_SAID = 20
 
 
@@ -45,19 +51,19 @@ def run(cfg: DictConfig) -> None:
 
     source = _source(cfg)
     material, strip = _material(cfg, source)
-    path = source.with_name(f"{source.stem if cfg.bundle else source.name}.decisions.jsonl")
+    path = source.with_name(f"{source.name}.decisions.jsonl")
     if cfg.decisions is not None:
         path = Path(str(cfg.decisions)).expanduser()
-    reviewer = str(cfg.reviewer or getuser())
+    reviewer = cfg.reviewer or getuser()
+    check = check_of({**material.schema, **plain(cfg.schema)})
     with DecisionLog(path) as log:
-        check = check_of({**material.schema, **plain(cfg.schema)})
         review = Review(material, log, check, reviewer=reviewer, strip=strip, show=str(cfg.show))
         if cfg["import"] is not None:
             _import(cfg["import"], log, material)
         elif cfg.export is not None:
             _export(Path(str(cfg.export)).expanduser(), review, strip)
         else:
-            _serve(review, str(cfg.host), int(cfg.port))
+            _serve(review, cfg.host, cfg.port)
         done = review.progress()
         reviewed = done["accept"] + done["edit"] + done["reject"]
         print(
@@ -72,20 +78,20 @@ def check_of(settings: Mapping[str, Any]) -> Check:
         UserError: a setting is wrong.
     """
     from dtvla.cot.schema import Schema, SchemaSettings
-    from dtvla.errors import check_keys
 
-    check_keys("schema", settings, list(SchemaSettings.__dataclass_fields__))
-    try:
-        schema = Schema(SchemaSettings(**settings))
-    except TypeError as error:
-        raise UserError(f"schema: a value of {dict(settings)} is of the wrong kind ({error})") from None
+    check_kinds("schema", SchemaSettings, settings)
+    schema = Schema(SchemaSettings(**settings))
     return lambda text, objects: [violation.message for violation in schema.violations(text, objects)]
 
 
 def _source(cfg: DictConfig) -> Path:
     """The dataset's folder or the bundle, without a slash at its end."""
-    from dtvla.data.hub import locate
+    from omegaconf import OmegaConf
 
+    from dtvla.data.hub import locate
+    from dtvla.learning.composing import plain
+
+    check_kinds("", KINDS, {name: plain(cfg[name]) if OmegaConf.is_config(cfg[name]) else cfg[name] for name in KINDS})
     given = [name for name in ("dataset", "bundle") if cfg[name] is not None]
     if len(given) != 1:
         found = "both dataset and bundle" if given else "neither"
@@ -107,11 +113,9 @@ def _material(cfg: DictConfig, source: Path) -> tuple[Material, list[int]]:
         return bundle, bundle.strip
     from dtvla.cot.review.material import DatasetMaterial
 
-    episodes = None if cfg.episodes is None else [int(number) for number in cfg.episodes]
-    dataset = DatasetMaterial(
-        source, changes=bool(cfg.changes), episodes=episodes, thought_tokenizer=cfg.thought_tokenizer
-    )
-    return dataset, [int(offset) for offset in cfg.strip]
+    episodes = None if cfg.episodes is None else list(cfg.episodes)
+    dataset = DatasetMaterial(source, changes=cfg.changes, episodes=episodes, thought_tokenizer=cfg.thought_tokenizer)
+    return dataset, list(cfg.strip)
 
 
 def _serve(review: Review, host: str, port: int) -> None:
@@ -159,7 +163,8 @@ def _export(path: Path, review: Review, strip: list[int]) -> None:
         )
     print(f"{path}: {len(frames)} frames, {path.stat().st_size / 1e6:.1f} MB")
     print(
-        f"elsewhere: dtvla review bundle={path.name}; then here: dtvla review dataset=... import=FILE.decisions.jsonl"
+        f"elsewhere: dtvla review bundle={path.name}; "
+        f"then here: dtvla review dataset=... import={path.name}.decisions.jsonl"
     )
 
 

@@ -27,8 +27,11 @@ os.environ.update(
     MPLBACKEND="agg",
     DTVLA_ROOT=str(SCRATCH / "outputs"),
     TOKENIZERS_PARALLELISM="false",
+    MESA_SHADER_CACHE_DISABLE="false",  # dtvla switches it off; here every simulator would compile the same shaders
+    MESA_SHADER_CACHE_DIR=str(SCRATCH / "mesa"),
 )
-(SCRATCH / "home").mkdir()
+for folder in ("home", "mesa"):
+    (SCRATCH / folder).mkdir()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import socket
@@ -11,22 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing
+from forked import prepare, server
 from hydra import compose, initialize_config_dir
 
 from dtvla.cli import config_dir
 from dtvla.learning.experiment import train
 
-PRELOADED = ["lightning.pytorch", "peft", "transformers.models.paligemma.modeling_paligemma", "ranks"]
 ON_CPU = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
 
 
 def on_ranks(count: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call ``function(rank, *arguments)`` on so many processes; raises what they raise."""
+    server()
+    arguments = (count, free_port(), function, arguments)
+    torch.multiprocessing.start_processes(_call, arguments, count, start_method="forkserver")
+
+
+def free_port() -> int:
+    """One that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    torch.multiprocessing.start_processes(_call, (count, port, function, arguments), count, start_method="forkserver")
+        return int(probe.getsockname()[1])
+
+
+def rank_of(rank: int, count: int, port: int) -> dict[str, str]:
+    """The environment that makes a process one of so many ranks, which meet at a port."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
 def train_on(count: int, *trainings: list[str]) -> None:
@@ -49,10 +59,8 @@ def interrupted(folder: Path, step: int, name: str) -> Path:
 
 
 def _call(rank: int, count: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as everywhere else
-    os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count))
+    prepare()
+    os.environ.update(rank_of(rank, count, port))
     function(rank, *arguments)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from digests import digests
+from forked import Command
 
 from dtvla.collect import collect
 from dtvla.cores import worker_count
@@ -125,9 +126,13 @@ def test_a_recording_process_imports_no_torch() -> None:
 # -- the real simulator, in processes of their own -------------------------------------------------------------------
 
 
+def settings(root: Path, *options: str, episodes: int = 3) -> list[str]:
+    common = ["env=libero_object", "env.task_ids=[0]", f"episodes={episodes}", f"root={root}", "env.image_size=64"]
+    return [*common, "render=draft", *options]
+
+
 def command(root: Path, *options: str, episodes: int = 3) -> list[str]:
-    settings = ["env=libero_object", "env.task_ids=[0]", f"episodes={episodes}", f"root={root}", "env.image_size=64"]
-    return [sys.executable, "-m", "dtvla.collect", *settings, "render=draft", *options]
+    return [sys.executable, "-m", "dtvla.collect", *settings(root, *options, episodes=episodes)]
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +198,9 @@ def test_after_a_full_disk_and_kill_9_the_same_command_makes_the_uninterrupted_d
         process.wait()
         kept = {path: path.stat().st_mtime_ns for path in disk.glob("set.partial/episode_*.npz")}
         assert 0 < len(kept) < 3
-        last = subprocess.run(command(root), capture_output=True, text=True, timeout=280)
-        assert last.returncode == 0, last.stderr
+        last = Command("collect", *settings(root, "workers=1"))
+        assert last.wait(280)
+        assert last.returncode == 0, last.written()
         assert digests(root, "collection.json") == digests(uninterrupted, "collection.json"), "but how long it took"
     finally:
         if mounted:

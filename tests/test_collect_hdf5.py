@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from digests import digests
+from forked import Command
 from libero_files import Recording, write_demo_file
 
 from dtvla.collect import collect
@@ -66,9 +67,13 @@ def demos(recordings: dict[str, Recording], tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+def settings(demos: Path, root: Path, *options: str) -> list[str]:
+    common = ["source=hdf5", f"demos={demos}", f"env={SUITE}", f"env.task_ids=[{TASK_ID}]", f"root={root}"]
+    return [*common, "env.image_size=64", "render=draft", *options]
+
+
 def command(demos: Path, root: Path, *options: str) -> list[str]:
-    settings = ["source=hdf5", f"demos={demos}", f"env={SUITE}", f"env.task_ids=[{TASK_ID}]", f"root={root}"]
-    return [sys.executable, "-m", "dtvla.collect", *settings, "env.image_size=64", "render=draft", *options]
+    return [sys.executable, "-m", "dtvla.collect", *settings(demos, root, *options)]
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +132,10 @@ def test_an_import_that_is_killed_continues_with_what_it_has(imported: Path, dem
         "episode_000000.npz",
         "episode_000001.json",
     ]
-    last = subprocess.run(command(demos, root), capture_output=True, text=True, timeout=280)
-    assert last.returncode == 0, last.stderr
-    assert "2 episodes, 2/3 replays succeeded" in last.stdout
+    last = Command("collect", *settings(demos, root))
+    output, errors = last.wait(280)
+    assert last.returncode == 0, errors
+    assert "2 episodes, 2/3 replays succeeded" in output
     assert digests(root, "collection.json") == digests(imported, "collection.json"), "but how long it took"
 
 

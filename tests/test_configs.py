@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import Command
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
@@ -101,9 +102,9 @@ def test_a_misspelled_option_is_named_without_a_stack(arguments: tuple[str, ...]
 
 @pytest.mark.slow
 def test_absent_weights_and_data_are_named_with_the_commands_that_bring_them(tmp_path: Path) -> None:
-    answer = command("+experiment=libero_cot_sft", f"paths.root={tmp_path}")
-    assert answer.returncode == 2
-    lines = answer.stderr.strip().splitlines()
+    training = Command("train", "+experiment=libero_cot_sft", f"paths.root={tmp_path}")
+    lines = training.wait(240)[1].strip().splitlines()
+    assert training.returncode == 2
     assert len(lines) == 1
     for words in ("yinchenghust/libero_cot", "yinchenghust/deepthinkvla_base", "hf download", str(tmp_path)):
         assert words in lines[0]

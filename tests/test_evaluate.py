@@ -1,9 +1,7 @@
 """``dtvla evaluate`` from the command line's settings to results.json, on the real LIBERO with a fresh nano policy."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forked import Command
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -99,14 +98,13 @@ def test_a_killed_run_continues_in_two_processes_of_torchrun_and_ends_as_if_undi
 ) -> None:
     output = tmp_path / "results"
     settings = [f"checkpoint={checkpoint}", *FAST, STATES, f"output={output}", "device=cpu"]
-    command = [sys.executable, "-m", "dtvla.evaluate", *settings, "workers=1"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as run:
-        try:
-            while not (output / "episodes.jsonl").exists() or not episodes(output):
-                assert run.poll() is None, "it ended before an episode was on disk"
-                time.sleep(0.01)
-        finally:
-            os.killpg(run.pid, signal.SIGKILL)
+    run = Command("evaluate", *settings, "workers=1")
+    try:
+        while not (output / "episodes.jsonl").exists() or not episodes(output):
+            assert run.returncode is None, "it ended before an episode was on disk"
+            time.sleep(0.01)
+    finally:
+        run.end()
     kept = episodes(output)
     assert 1 <= len(kept) < 4
     assert not (output / "results.json").exists()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Command
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from training_data import INSTRUCTION, TINY, write_demonstrations
@@ -50,6 +49,7 @@ def settings(demonstrations: Path, root: Path) -> list[str]:
         "trainer.limit_val_batches=1",
         "trainer.log_every_n_steps=1",
         "callbacks.checkpoint.every_n_steps=7",
+        "callbacks.samples.frames=1",
         "data.num_workers=2",
         "+model.text.attention_dropout=0.1",
     ]
@@ -66,25 +66,19 @@ def uninterrupted(settings: list[str], root: Path) -> Path:
     return root / "runs" / "uninterrupted"
 
 
-def start(settings: list[str], name: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "dtvla.train", *settings, f"name={name}"]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-
-
 def metrics(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+def wait_for_step(training: Command, folder: Path, step: int) -> None:
     deadline = time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < deadline:
+    while training.returncode is None and time.monotonic() < deadline:
         if (folder / "metrics.csv").is_file() and len(metrics(folder)) >= step:
             return
         time.sleep(0.01)
-    raise AssertionError(f"the training did not reach step {step}: {process.communicate()}")
+    training.end()
+    raise AssertionError(f"the training did not reach step {step}: {training.written()}")
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
@@ -118,10 +112,10 @@ def test_trained_policy_reloads_and_acts(uninterrupted: Path) -> None:
 @pytest.mark.slow
 def test_kill_9_and_resume_end_in_the_same_weights(settings: list[str], root: Path, uninterrupted: Path) -> None:
     folder = root / "runs" / "killed"
-    process = start(settings, "killed")
-    wait_for_step(process, folder, 17)
-    process.kill()
-    process.wait()
+    training = Command("train", *settings, "name=killed")
+    wait_for_step(training, folder, 17)
+    os.kill(training.pid, signal.SIGKILL)
+    training.wait(60)
     assert not (folder / "policy").exists()
     saved = read_step(folder / "checkpoints" / "last.ckpt")
     assert 0 < saved < STEPS
@@ -137,13 +131,12 @@ def test_sigterm_saves_first_and_resume_ends_in_the_same_weights(
     settings: list[str], root: Path, uninterrupted: Path
 ) -> None:
     folder = root / "runs" / "terminated"
-    process = start(
-        [*settings, "callbacks.checkpoint.every_n_steps=1000", "trainer.val_check_interval=1000"], "terminated"
-    )
-    wait_for_step(process, folder, 8)
-    os.killpg(process.pid, signal.SIGTERM)  # loader processes too, as `timeout` and job schedulers do
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    seldom = ["callbacks.checkpoint.every_n_steps=1000", "trainer.val_check_interval=1000"]
+    training = Command("train", *settings, *seldom, "name=terminated")
+    wait_for_step(training, folder, 8)
+    os.killpg(training.pid, signal.SIGTERM)  # loader processes too, as `timeout` and job schedulers do
+    output, errors = training.wait(60)
+    assert training.returncode == 128 + signal.SIGTERM
     assert "resume=true" in output
     assert "Traceback" not in errors
     saved = read_step(folder / "checkpoints" / "last.ckpt")

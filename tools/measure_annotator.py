@@ -31,6 +31,8 @@ def measure(annotated: Path, truth: Path, val_fraction: float, seed: int) -> dic
     attempts_F, origin_F = table["attempts"].to_numpy(), np.array(table["origin"].to_pylist())
     held_out_F = own.split(val_fraction, seed)[1]
     frames_F = held_out_F[attempts_F[held_out_F] > 0]
+    if len(own) != len(true) or not len(frames_F):
+        raise SystemExit(f"error: {len(own)} and {len(true)} frames, {len(frames_F)} of them held out and asked for")
     pairs = [(own.thought(frame) or "", true.thought(frame) or "") for frame in frames_F.tolist()]
     passed_F = origin_F[frames_F] == "annotated"
     shares = {

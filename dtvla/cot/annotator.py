@@ -61,5 +61,8 @@ class Annotator(ABC):
             UserError: no answer can be had; what was answered before is kept.
         """
 
+    def stop(self) -> None:  # noqa: B027 - most have nothing under way that could wait
+        """Begin nothing more, from any thread: calls under way end as soon as they can, with an answer or without."""
+
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Give back what is held."""

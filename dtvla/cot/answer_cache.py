@@ -18,6 +18,9 @@ class AnswerCache:
     """A folder of answers that one process uses at a time, from any of its threads.
 
     An answer is on the disk before it is handed on. Its facts say whether it was ``cached``, and what it ``cost``.
+
+    Attributes:
+        costs: what all answers cost together when it was opened, and the dearest.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -37,6 +40,8 @@ class AnswerCache:
                 "PRAGMA locking_mode = EXCLUSIVE; PRAGMA synchronous = FULL; BEGIN EXCLUSIVE;"
                 "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT, facts TEXT, cost REAL); COMMIT;"
             )
+            with closing(self._file.execute("SELECT total(cost), ifnull(max(cost), 0) FROM answers")) as rows:
+                self.costs: tuple[float, float] = rows.fetchone()
         except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from None
 
@@ -55,21 +60,18 @@ class AnswerCache:
                 self._keep(key, answer)
             return answer
 
-    def costs(self) -> tuple[float, float]:
-        """What all answers cost together, and the dearest."""
-        with self._lock, closing(self._file.execute("SELECT total(cost), ifnull(max(cost), 0) FROM answers")) as rows:
-            total, dearest = rows.fetchone()
-        return total, dearest
-
     def close(self) -> None:
         """Leave the folder to others."""
         self._file.close()
 
     def _find(self, key: str) -> Answer | None:
         query = "SELECT text, facts FROM answers WHERE key = ?"
-        with self._lock, closing(self._file.execute(query, (key,))) as rows:
-            row = rows.fetchone()
-        return row and Answer(row[0], {**json.loads(row[1]), "cached": True})
+        try:
+            with self._lock, closing(self._file.execute(query, (key,))) as rows:
+                row = rows.fetchone()
+            return row and Answer(row[0], {**json.loads(row[1]), "cached": True})
+        except (sqlite3.Error, ValueError) as error:
+            raise self._unusable(error) from None
 
     def _keep(self, key: str, answer: Answer) -> None:
         row = (key, answer.text, json.dumps(dict(answer.facts)), answer.facts.get("cost") or 0.0)

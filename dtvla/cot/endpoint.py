@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion
 
 CONNECT_S = 10.0  # a host that does not take the connection by then is not there
+FILTERED = ("content_filter", "content_policy_violation")  # codes of the usual services
 LONGEST_REASON = 300  # characters of what an endpoint says about an error
 
 
@@ -56,8 +57,10 @@ class Endpoint:
             ),
         )
 
-    def complete(self, body: Mapping[str, Any]) -> ChatCompletion:
+    def complete(self, body: Mapping[str, Any]) -> ChatCompletion | None:
         """The completion of a request with ``model``, ``messages`` and any other fields; it has at least one choice.
+
+        None is the answer of a service whose filter for contents takes offence at this one request.
 
         Raises:
             UserError: the endpoint refuses the request, or fails however often it is asked.
@@ -70,6 +73,8 @@ class Endpoint:
                 model=body["model"], messages=body["messages"], extra_body=others
             )
         except APIError as error:
+            if error.code in FILTERED:
+                return None
             raise UserError(self._explain(error)) from None
 
     def close(self) -> None:
@@ -96,7 +101,7 @@ class Endpoint:
             case openai.InternalServerError():
                 setting, found = "base_url", f"failed in {self._tries} tries"
             case _:
-                setting, found, again = "model", "refuses the request", "change the setting that it names"
+                setting, found, again = "model", "refuses the request", "change what the reason names"
         reason = " ".join(str(error.__cause__ or error).split())
         if self._key_name is not None:
             reason = reason.replace(self._key, "<key>")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -219,8 +220,11 @@ class Engine:
 
     def _salvage(self) -> None:
         """Wait for the calls under way when the run ends early, and keep their answers: they are paid for."""
-        for future in list(self._running):
-            future.cancel()
+        waiting = [future for future in self._running if not (future.cancel() or future.done())]
+        if self._annotator is not None:
+            self._annotator.stop()
+        if waiting:
+            print(f"waiting for {len(waiting)} calls under way", file=sys.stderr)
         for future in list(self._running):
             if future.cancelled() or future.exception() is not None:
                 del self._running[future]

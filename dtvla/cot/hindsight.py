@@ -111,8 +111,7 @@ def stages(closing_F: np.ndarray, track: Track, debounce: int = 3) -> list[Stage
 
 
 def _segments(closing_F: np.ndarray, debounce: int) -> list[_Segment]:
-    # a command that the episode's end cuts short would have gone on
-    held_F = held_commands(np.pad(closing_F, (0, debounce - 1), mode="edge"), debounce)[: len(closing_F)]
+    held_F = held_commands(closing_F, debounce)
     bounds = [0, *(np.flatnonzero(held_F[1:] != held_F[:-1]) + 1).tolist(), len(held_F)]
     return [_Segment(start, stop, bool(held_F[start])) for start, stop in pairwise(bounds)]
 

@@ -44,23 +44,28 @@ class KeyFrameSettings:
 def held_commands(closing_F: np.ndarray, debounce: int) -> np.ndarray:
     """The gripper command without those that hold for less than ``debounce`` frames; bool (F,).
 
-    A command that does not hold counts as the one before it, at the start as the first one that holds.
+    A command that does not hold counts as the one before it, at the start as the first one that holds. The last one
+    counts in any case: the episode's end cuts it short.
     """
     closing_F = np.asarray(closing_F, dtype=bool)
     bounds = [0, *(np.flatnonzero(closing_F[1:] != closing_F[:-1]) + 1).tolist(), len(closing_F)]
-    held = [(start, bool(closing_F[start])) for start, stop in pairwise(bounds) if stop - start >= debounce]
-    result_F = np.full(len(closing_F), held[0][1] if held else bool(closing_F[:1].any()))
+    held = [
+        (start, bool(closing_F[start]))
+        for start, stop in pairwise(bounds)
+        if stop - start >= debounce or stop == len(closing_F)
+    ]
+    result_F = np.full(len(closing_F), held[0][1])
     for start, closing in held:
         result_F[start:] = closing
     return result_F
 
 
 def gripper_events(closing_F: np.ndarray, debounce: int) -> list[int]:
-    """First frames of every new gripper command that holds for at least ``debounce`` frames, ascending.
+    """First frames of every new gripper command that holds for at least ``debounce`` frames or to the end, ascending.
 
     Args:
         closing_F: bool (F,), whether the gripper is told to close.
-        debounce: frames; shorter commands, also at the episode's end, are no events.
+        debounce: frames; shorter commands are no events.
     """
     held_F = held_commands(closing_F, debounce)
     return (np.flatnonzero(held_F[1:] != held_F[:-1]) + 1).tolist()

@@ -6,25 +6,35 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Condition, Lock
+from math import inf
+from threading import Condition, Event, Lock
 
 from dtvla.errors import UserError
 
 
+class Stopped(BaseException):
+    """No more requests go out; no ``Exception``, for a client would repeat what such a one ended."""
+
+
 class Pace:
-    """Spaces requests of all threads evenly."""
+    """Spaces requests of all threads evenly, until it is stopped."""
 
     def __init__(self, per_minute: float | None) -> None:
         """Allow so many a minute; None for any number."""
         self._interval = 60 / per_minute if per_minute else 0.0
-        self._free, self._lock = 0.0, Lock()
+        self._free, self._lock, self._end = 0.0, Lock(), Event()
 
     def wait(self) -> None:
-        """Return when it is this request's turn."""
+        """Return when it is this request's turn; raises :class:`Stopped` when there are no more turns."""
         with self._lock:
             turn = max(self._free, time.monotonic())
             self._free = turn + self._interval
-        time.sleep(max(0.0, turn - time.monotonic()))
+        if self._end.wait(max(0.0, turn - time.monotonic())):
+            raise Stopped
+
+    def stop(self) -> None:
+        """Let no request out any more."""
+        self._end.set()
 
 
 class Budget:
@@ -38,14 +48,15 @@ class Budget:
         """Start with what was spent before; a limit of None is none."""
         self.spent = spent
         self._limit, self._dearest, self._under_way = limit, dearest, 0
+        self._unknown = False  # whether an answer came without its cost
         self._settled = Condition()
 
     @contextmanager
-    def request(self) -> Iterator[Callable[[float], None]]:
-        """Hold room for one request; call what is yielded with its cost.
+    def request(self) -> Iterator[Callable[[float | None], None]]:
+        """Hold room for one request; call what is yielded with its cost, None where that is not known.
 
         Raises:
-            UserError: the limit may be passed by another request.
+            UserError: the limit may be passed by another request, or there is no telling.
         """
         with self._settled:
             self._settled.wait_for(self._room)
@@ -60,6 +71,11 @@ class Budget:
     def _room(self) -> bool:
         if self._limit is None:
             return True
+        if self._unknown:
+            raise UserError(
+                "annotator.max_cost: the endpoint does not say how many tokens it used, so costs can't be limited; the "
+                "answer is kept: set max_cost to null and watch the costs elsewhere"
+            )
         if self.spent + self._dearest > self._limit:
             raise UserError(
                 f"annotator.max_cost: {self.spent:.4f} of {self._limit:g} is spent and one more answer may cost "
@@ -68,10 +84,11 @@ class Budget:
         planned = self._under_way + 1
         return planned == 1 or (self._dearest > 0 and self.spent + planned * self._dearest <= self._limit)
 
-    def _pay(self, cost: float) -> None:
+    def _pay(self, cost: float | None) -> None:
         with self._settled:
-            self.spent += cost
-            self._dearest = max(self._dearest, cost)
+            self._unknown |= cost is None
+            self.spent += cost or 0.0
+            self._dearest = max(self._dearest, cost or 0.0)
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,7 @@ class Prices:
     def __post_init__(self) -> None:
         """Refuse one price without the other, and prices below zero."""
         known = [price for price in (self.asked, self.answered) if price is not None]
-        if len(known) == 1 or any(price < 0 for price in known):
+        if len(known) == 1 or any(not 0 <= price < inf for price in known):
             raise UserError(
                 f"annotator.price_in: found price_in={self.asked} and price_out={self.answered}; give both, "
                 "each for a million tokens, or none"

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,18 +64,21 @@ class OpenAIAnnotator(Annotator):
         _check_number("max_cost", max_cost, optional=True)
         if not cameras:
             raise UserError("annotator.cameras: there is none; name at least one camera of the dataset")
-        self._prices, self._limit = Prices(price_in, price_out), max_cost
+        self._prices = Prices(price_in, price_out)
         if max_cost is not None and not self._prices.cost(1, 1):
             raise UserError("annotator.max_cost: there are no prices to count with; set price_in and price_out")
         self._prompt, self._cameras, self._picture_size = Prompt.load(prompt), tuple(cameras), picture_size
+        if own := sorted({"model", "messages", "stream", "n"} & set(extra or {})):
+            raise UserError(f"annotator.extra: {', '.join(own)} can't be set there; leave it out")
         fields = {"temperature": temperature, "max_tokens": max_tokens, **(extra or {})}
         self._fields = {name: value for name, value in fields.items() if value is not None}
         self._model, self._base_url, self.calls = model, base_url, concurrency
+        self._pace = Pace(requests_per_minute)
         self._endpoint = Endpoint(
-            base_url, api_key_env, pace=Pace(requests_per_minute).wait, timeout_s=timeout_s, max_retries=max_retries
+            base_url, api_key_env, pace=self._pace.wait, timeout_s=timeout_s, max_retries=max_retries
         )
         self._cache = AnswerCache(cache_dir)
-        self._budget = Budget(max_cost, *self._cache.costs())
+        self._budget = Budget(max_cost, *self._cache.costs)
         self.identity = {
             "annotator": "openai",
             "model": model,
@@ -93,6 +97,10 @@ class OpenAIAnnotator(Annotator):
         """
         return [self._answer(episode, job) for job in jobs]
 
+    def stop(self) -> None:
+        """Send nothing more."""
+        self._pace.stop()
+
     def close(self) -> None:
         """Close connections and the folder of answers."""
         self._endpoint.close()
@@ -101,21 +109,18 @@ class OpenAIAnnotator(Annotator):
     def _answer(self, episode: EpisodeView, job: Job) -> Answer:
         body = {"model": self._model, "messages": self._messages(episode, job), **self._fields}
         sent = json.dumps([self._base_url, body, job.attempt], sort_keys=True)
-        answer = self._cache.answer(hashlib.sha256(sent.encode()).hexdigest(), lambda: self._ask(body))
-        if self._limit is not None and answer.facts["cost"] is None and not answer.facts["cached"]:
-            raise UserError(
-                f"annotator.max_cost: {self._base_url} does not say how many tokens it used, so costs can't be "
-                "limited; the answer is kept: set max_cost to null and watch the costs elsewhere"
-            )
-        return answer
+        return self._cache.answer(hashlib.sha256(sent.encode()).hexdigest(), lambda: self._ask(body))
 
     def _ask(self, body: Mapping[str, Any]) -> Answer:
         with self._budget.request() as pay:
             completion = self._endpoint.complete(body)
-            usage, choice = completion.usage, completion.choices[0]
-            tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
+            if completion is None:
+                pay(0.0)
+                return Answer("", {"cached": False, "cost": 0.0, "finish_reason": "content_filter"})
+            choice = completion.choices[0]
+            tokens = [getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
             cost = self._prices.cost(*tokens)
-            pay(cost or 0.0)
+            pay(cost)
         facts = {
             "cached": False,
             "served_by": completion.model,
@@ -148,7 +153,7 @@ def _check_number(
     """Refuse what is no number, and one below ``least`` (without it: one that is not above zero)."""
     if value is None and optional:
         return
-    fits = isinstance(value, int if whole else int | float) and (value > 0 if least is None else value >= least)
+    fits = isinstance(value, int if whole else int | float) and (0 < value < inf if least is None else value >= least)
     if not fits:
         kind = "a whole number" if whole else "a number"
         bound = "above 0" if least is None else f"of at least {least:g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ class Schema:
 
         Returns:
             The text of the first block without space around it ("" where there is none), and the violations: one_block,
-            length, tokens, charset, paragraph, control or objects.
+            length, tokens, charset, paragraph, repetition, control or objects.
         """
         block = _BLOCK.search(answer)
         thought = block[1].strip() if block else ""
@@ -109,6 +110,9 @@ class Schema:
             found.append(Violation("paragraph", "is more than one paragraph"))
         elif words and not thought.endswith(_ENDS):
             found.append(Violation("paragraph", "does not end with a full stop; it may be cut off"))
+        sentences = Counter(filter(None, (part.strip() for part in re.split(r"[.!?]", thought.lower()))))
+        if sentences and (most := sentences.most_common(1)[0])[1] > 1:
+            found.append(Violation("repetition", f"says {most[1]} times: {most[0]}"))
         control = _CONTROL.search(thought)
         if control:
             found.append(Violation("control", f"contains the control tag {control[0]}"))

@@ -84,9 +84,7 @@ class Temporal:
         Returns:
             Violations of the checks gripper, order, change and similarity; frames without any are left out.
         """
-        # a command that the episode's end cuts short counts here: thoughts speak of it
-        padded_F = np.pad(np.asarray(closing_F, dtype=bool), (0, self.settings.debounce - 1), mode="edge")
-        held_F = held_commands(padded_F, self.settings.debounce)[: len(closing_F)]
+        held_F = held_commands(closing_F, self.settings.debounce)
         events = (np.flatnonzero(held_F[1:] != held_F[:-1]) + 1).tolist()
         commands = [bool(held_F[frame]) for frame in (0, *events)]
         lines = [self._line(frame, thoughts[frame], events, commands) for frame in sorted(thoughts)]

@@ -23,6 +23,7 @@ from dtvla.data.images import Augmentation
 from dtvla.data.lengths import SequenceLengths
 from dtvla.data.sampler import BatchKey, MixtureSampler, TrainSampler, ValidationSampler
 from dtvla.errors import UserError
+from dtvla.kinds import check_kinds
 from dtvla.policy.layout import Batch
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class DemonstrationDataModule(LightningDataModule):
             raise UserError(f"data.batch_size, data.num_workers: found {batch_size}, {num_workers}; use >= 1 and >= 0")
         if not 0 <= reasoning_dropout <= 1:
             raise UserError(f"data.reasoning_dropout: found {reasoning_dropout}; use a share from 0 to 1")
+        check_kinds("data", {"carry_thoughts": bool}, {"carry_thoughts": carry_thoughts})
         if frames not in FRAMES:
             raise UserError(f"data.frames: {frames!r} is unknown; use {' or '.join(FRAMES)}")
         if not thoughts and (carry_thoughts or frames != "all"):
@@ -230,7 +232,7 @@ class DemonstrationDataModule(LightningDataModule):
             raise UserError(f"algorithm.pack_tokens: {pack_tokens}, but the longest sample has {longest}; raise it")
         own = processor.normalizer.statistics.digest() == self.demonstrations.statistics.digest()
         source = str(self.demonstrations.statistics_file or self.demonstrations.root) if own else "model.checkpoint"
-        remarks = processor.normalizer.check_fit(self.demonstrations.action_FD, source)
+        remarks = processor.normalizer.check_fit(self.demonstrations.action_FD, source) if acts else []
         if self._lengths.truncated:
             limit, frames = processor.layout.max_thought_tokens, self._lengths.truncated
             remarks.append(f"thoughts cut to {limit} tokens: {frames} frames")

@@ -88,7 +88,7 @@ class DatasetFolder:
         key = CAMERA_KEYS.get(camera, camera)
         known = [name for name, feature in self.info["features"].items() if feature["dtype"] in ("video", "image")]
         if key not in known:
-            raise UserError(f"{self.root}: no pictures {key!r} for camera {camera!r}; it has {known}")
+            raise UserError(f"{self.root}: no pictures {key!r} for camera {camera!r}; name one of {known}")
         return key
 
     def picture_spans(self, camera: str) -> Iterator[PictureSpan]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from dtvla.errors import UserError
+from dtvla.kinds import check_kinds
 from dtvla.learning.composing import check, made, optimizer, passes, plain, say, say_size
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def module(cfg: DictConfig, data: DemonstrationDataModule, start_step: int) -> S
     from dtvla.policy import compat
     from dtvla.policy.policy import build_policy
 
-    demonstrations, acts = data.demonstrations, bool(cfg.algorithm.loss.actions)
+    demonstrations, acts = data.demonstrations, cfg.algorithm.loss.actions
     say(f"data: {demonstrations.root}, {demonstrations.episodes} episodes, {len(demonstrations)} frames")
     policy = build_policy(plain(cfg.model), demonstrations.texts(), demonstrations.statistics)
     compat.apply(policy, compat.Compat.from_config(plain(cfg.compat)))
@@ -50,9 +51,15 @@ def module(cfg: DictConfig, data: DemonstrationDataModule, start_step: int) -> S
 
 
 def _check_start(cfg: DictConfig) -> None:
+    check_kinds("algorithm.loss", {"actions": bool, "action_smoothing_bins": float}, plain(cfg.algorithm.loss))
     if not cfg.algorithm.loss.actions and not cfg.data.thoughts:
         raise UserError(
             "algorithm.loss.actions: false leaves thoughts to learn, but data.thoughts is false; set one of them true"
+        )
+    if not cfg.algorithm.loss.actions and cfg.data.reasoning_dropout:
+        raise UserError(
+            f"data.reasoning_dropout: {cfg.data.reasoning_dropout} takes thoughts away, and "
+            "algorithm.loss.actions=false leaves nothing else to learn; set it to 0"
         )
     if cfg.model.get("lora") and not cfg.model.checkpoint:
         raise UserError(

@@ -16,7 +16,7 @@ from dtvla.errors import UserError
 from dtvla.sim.backend import import_libero
 from dtvla.sim.memory import forget_compilation
 from dtvla.sim.rendering import CameraRenderer, Snapshot, take_snapshot
-from dtvla.sim.settings import ACTION_DIM, CAMERAS, Quality, Stepping, check_settings
+from dtvla.sim.settings import ACTION_DIM, CAMERAS, Quality, Stepping, check_settings, check_step_limit
 from dtvla.sim.stepping import Stepper, divergence
 from dtvla.sim.suites import Protocol, get_task, load_init_states, step_limit
 
@@ -75,7 +75,8 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
             render=render, stepping=stepping, image_size=image_size, settle_steps=settle_steps, max_steps=max_steps
         )
         self.task = get_task(suite, task_id)
-        self.max_steps = step_limit(suite, protocol) if max_steps is None else max_steps
+        self._protocol: Protocol = protocol
+        self.limit_steps(max_steps)
         self.image_size = image_size
         self.quality = render
         self.settle_steps = settle_steps
@@ -142,6 +143,11 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
         if record:
             info["frames"] = frames
         return self.observe(), reward, terminated, truncated, info
+
+    def limit_steps(self, max_steps: int | None) -> None:
+        """Set the step limit of the episodes to come; None takes the protocol's. Nothing else depends on it."""
+        check_step_limit(max_steps)
+        self.max_steps = step_limit(self.task.suite, self._protocol) if max_steps is None else max_steps
 
     def render(self) -> np.ndarray:
         """Both cameras side by side, uint8 (H, 2W, 3)."""

@@ -130,9 +130,9 @@ def pool_settings(env: Mapping[str, Any]) -> dict[str, Any]:
 class EnvPool:
     """A context manager over ``workers`` processes; worker numbers are 0 .. workers - 1.
 
-    Each worker has at most one request under way. Its environment is re-used as long as suite, task and step limit
-    stay the same. A worker that dies, hangs or reports a diverged simulation is replaced and its episode is run again
-    up to where it was; ``losses`` says what happened.
+    Each worker has at most one request under way. Its environment is re-used as long as suite and task stay the same.
+    A worker that dies, hangs or reports a diverged simulation is replaced and its episode is run again up to where it
+    was; ``losses`` says what happened.
 
     Args:
         workers: number of processes, at least 1.

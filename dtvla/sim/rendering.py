@@ -151,11 +151,11 @@ def _thin_mesh(model: mujoco.MjModel, mesh: int, cell_m: float) -> None:
     start, count = int(model.mesh_faceadr[mesh]), int(model.mesh_facenum[mesh])
     faces = slice(start, start + count)
     cell_V3 = np.floor(model.mesh_vert[vertices] / cell_m).astype(np.int64)
-    _, first, cell_of_V = np.unique(cell_V3, axis=0, return_index=True, return_inverse=True)
-    face_F3 = first[cell_of_V.ravel()][model.mesh_face[faces]]
+    _, first, cell_of_V = np.unique(_one_number(cell_V3), return_index=True, return_inverse=True)
+    face_F3 = first[cell_of_V][model.mesh_face[faces]]
     sorted_F3 = np.sort(face_F3, axis=1)
     whole = np.flatnonzero((np.diff(sorted_F3, axis=1) > 0).all(axis=1))
-    _, unique = np.unique(sorted_F3[whole], axis=0, return_index=True)
+    _, unique = np.unique(_one_number(sorted_F3[whole]), return_index=True)
     kept = whole[np.sort(unique)]
     left = slice(start, start + len(kept))
     for array, values in (
@@ -165,3 +165,9 @@ def _thin_mesh(model: mujoco.MjModel, mesh: int, cell_m: float) -> None:
     ):
         array[left] = values[kept]
     model.mesh_facenum[mesh] = len(kept)
+
+
+def _one_number(rows_N3: np.ndarray) -> np.ndarray:
+    """A number (N,) for each row of whole numbers, equal for equal rows: numpy sorts these several times as fast."""
+    low, high = rows_N3.min(axis=0, initial=0), rows_N3.max(axis=0, initial=0)
+    return np.ravel_multi_index((rows_N3 - low).T, high - low + 1)

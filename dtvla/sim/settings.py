@@ -23,5 +23,14 @@ def check_settings(*, render: Any, stepping: Any, image_size: Any, settle_steps:
     for name, value, least, usual in (("image_size", image_size, 1, 256), ("settle_steps", settle_steps, 0, 10)):
         if not isinstance(value, int) or value < least:
             raise UserError(f"{name}: {value!r} is not a whole number from {least} on; {usual} is usual")
+    check_step_limit(max_steps)
+
+
+def check_step_limit(max_steps: Any) -> None:
+    """Refuse what is neither a number of steps nor null.
+
+    Raises:
+        UserError: names the setting.
+    """
     if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
         raise UserError(f"max_steps: {max_steps!r} is not a number of steps; use 1 or more, or null for the protocol's")

@@ -52,11 +52,11 @@ class EpisodeFilm:
 
 
 class EnvKeeper:
-    """Keeps the environment of the last episode and makes another only when task or step limit change."""
+    """Keeps the environment of the last episode and makes another only for another task."""
 
     def __init__(self, settings: Mapping[str, Any]):
         self._settings = settings
-        self._key: tuple[str, int, int | None] | None = None
+        self._key: tuple[str, int] | None = None
         self._env: LiberoEnv | None = None
         self._film: EpisodeFilm | None = None
 
@@ -92,11 +92,12 @@ class EnvKeeper:
             gc.collect()  # robosuite's objects refer to each other, and hold the model
 
     def _environment(self, spec: EpisodeSpec) -> LiberoEnv:
-        key = (spec.suite, spec.task_id, spec.max_steps)
+        key = (spec.suite, spec.task_id)
         if key != self._key or self._env is None:
             self.close()
-            self._env = LiberoEnv(spec.suite, spec.task_id, max_steps=spec.max_steps, **self._settings)
+            self._env = LiberoEnv(*key, **self._settings)
             self._key = key
+        self._env.limit_steps(spec.max_steps)
         return self._env
 
     def _drop_film(self) -> None:

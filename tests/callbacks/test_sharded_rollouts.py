@@ -8,16 +8,15 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import ON_CPU
+from forked import Command
+from ranks import ON_CPU, free_port, rank_of
 from training_data import TINY, write_demonstrations
 
 from dtvla.analysis.intervals import wilson
@@ -57,20 +56,22 @@ def settings(tmp_path: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_sharded_rollouts_survive_sigterm_and_are_shared_out(tmp_path: Path, settings: list[str]) -> None:
-    with training(settings) as process:
-        wait_for_simulators(process, 2)
-        os.killpg(process.pid, signal.SIGTERM)  # all processes of the group, as schedulers do
-        output, _ = process.communicate(timeout=GRACE_S)
-        assert process.returncode == 128 + signal.SIGTERM, output
+    with training(settings) as first:  # Lightning starts the second process
+        wait_for_simulators(first, 2)
+        os.killpg(first.pid, signal.SIGTERM)  # all processes of the group, as schedulers do
+        output, errors = first.wait(GRACE_S)
+        assert first.returncode == 128 + signal.SIGTERM, output + errors
         assert "after step 2, which is saved" in output
-        assert not simulators(process.pid)
+        assert not simulators(first.pid)
     folder = tmp_path / "runs" / "run"
     assert not (folder / "best").exists()
 
-    with training([*settings, "resume=true"]) as process:
-        output, _ = process.communicate()
-        assert process.returncode == 0, output
-    assert output.count("step 2: LIBERO success") == 1
+    resumed = [*settings, "resume=true"]
+    port = free_port()
+    with training(resumed, **rank_of(0, 2, port)) as one, training(resumed, **rank_of(1, 2, port)) as two:
+        written = ["".join(rank.wait(300)) for rank in (one, two)]
+        assert (one.returncode, two.returncode) == (0, 0), written
+    assert "".join(written).count("step 2: LIBERO success") == 1
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [1, 2, 3]
@@ -82,20 +83,12 @@ def test_sharded_rollouts_survive_sigterm_and_are_shared_out(tmp_path: Path, set
 
 
 @contextmanager
-def training(settings: list[str]) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dtvla.train", *settings],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def training(settings: list[str], **environment: str) -> Iterator[Command]:
+    command = Command("train", *settings, OMP_NUM_THREADS="1", **environment)
     try:
-        yield process
+        yield command
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        command.end()
 
 
 def simulators(session: int) -> list[int]:
@@ -110,10 +103,10 @@ def simulators(session: int) -> list[int]:
     return found
 
 
-def wait_for_simulators(process: subprocess.Popen[str], count: int) -> None:
+def wait_for_simulators(command: Command, count: int) -> None:
     deadline = time.monotonic() + 300
-    while len(simulators(process.pid)) < count:
-        assert process.poll() is None, process.communicate()[0]
+    while len(simulators(command.pid)) < count:
+        assert command.returncode is None, command.written()
         assert time.monotonic() < deadline
         time.sleep(0.1)
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from openai_server import KEY, FakeEpisode, Reply, Server, serving
 from PIL import Image
 
 from dtvla.cot.annotator import Job
+from dtvla.cot.limits import Stopped
 from dtvla.cot.openai_annotator import OpenAIAnnotator
 from dtvla.errors import UserError
 
@@ -324,9 +325,28 @@ def test_spending_stops_before_the_limit_and_goes_on_when_it_is_raised(server: S
 
 def test_costs_that_the_endpoint_hides_cannot_be_limited(server: Server, make: Make) -> None:
     server.respond = lambda number, body: Reply(usage=False)
+    annotator = make(max_cost=1, price_in=2, price_out=8)
+    assert label(annotator, 0) == ["<think>thought 0</think>"]  # it is paid for
     with pytest.raises(UserError, match="^annotator.max_cost: .* does not say how many tokens"):
-        label(make(max_cost=1, price_in=2, price_out=8), 0)
+        label(annotator, 1)
     assert label(make(), 0, 1) == ["<think>thought 0</think>", "<think>thought 1</think>"]
+
+
+def test_a_request_that_a_filter_for_contents_refuses_is_an_empty_answer(server: Server, make: Make) -> None:
+    server.first(Reply(400, '{"error": {"code": "content_filter", "message": "the picture offends"}}'))
+    assert label(make(), 0, 1) == ["", "<think>thought 1</think>"]
+
+
+def test_when_it_is_stopped_what_waits_for_its_turn_is_never_sent_and_what_was_sent_is_kept(
+    server: Server, make: Make
+) -> None:
+    annotator = make(requests_per_minute=6)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(label, annotator, frame) for frame in range(4)]
+        assert next(as_completed(futures)).result() == ["<think>thought 0</think>"]
+        annotator.stop()
+    assert sum(isinstance(future.exception(), Stopped) for future in futures) == 3
+    assert len(server.requests) == 1
 
 
 def test_requests_keep_their_pace_whatever_thread_they_come_from(server: Server, make: Make) -> None:

@@ -45,7 +45,7 @@ def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     try:
         line = process.stdout.readline()
         found = re.search(r"http://\S+", line)
-        assert found, line + process.stdout.read()
+        assert found, line
         yield process, found[0]
     finally:
         process.kill()
@@ -64,7 +64,7 @@ def test_decisions_outlive_a_kill_and_an_interrupt_ends_in_peace(dataset: Path, 
     for number, key in enumerate(keys()[:2]):
         with served(f"dataset={dataset}", f"decisions={path}", "reviewer=eve") as (process, address):
             told = {"episode": key[0], "frame": key[1], "thought": thought(*key), "before": thought(*key)}
-            post(f"{address}api/decisions", decision="accept", **told)
+            post(f"{address}api/decisions", decision="accept", decided="", page="one", **told)
             if number:
                 process.send_signal(signal.SIGINT)
                 assert process.stdout is not None
@@ -84,8 +84,8 @@ def test_a_bundle_goes_out_and_its_decisions_come_back(
     key = keys()[3]
     with served(f"bundle={bundle}", "reviewer=bob") as (_, address):
         told = {"episode": key[0], "frame": key[1], "thought": "", "before": thought(*key)}
-        post(f"{address}api/decisions", decision="reject", **told)
-    away = tmp_path / "out/soup.decisions.jsonl"
+        post(f"{address}api/decisions", decision="reject", decided="", page="one", **told)
+    away = tmp_path / "out/soup.zip.decisions.jsonl"
     assert read_decisions(away)[key].decision == "reject"
     review(f"dataset={dataset}", f"decisions={home}", f"import=[{away}]")
     assert "1 decisions taken" in capsys.readouterr().out
@@ -112,10 +112,14 @@ def test_decisions_lie_beside_the_dataset_and_not_in_it(tmp_path: Path) -> None:
         (["dataset={data}", "show=some"], "show: 'some' is unknown"),
         (["dataset={data}", "export=a.zip", "import=b"], "export: found import"),
         (["dataset={data}", "import=nowhere.jsonl"], "decisions: .*nowhere.jsonl cannot be read"),
-        (["dataset={data}", "+schema.longest=4"], "schema: unknown setting longest"),
+        (["dataset={data}", "+schema.longest=4"], "schema.longest: there is no such setting"),
         (["dataset={data}", "+schema.min_words=0"], "schema.min_words"),
         (["dataset={data}", "episodes=[4]"], "episodes: .* no episode 4"),
-        (["dataset={data}", "port=-1"], "port: 127.0.0.1:-1"),
+        (["dataset={data}", "port=-1"], "host, port: 127.0.0.1:-1"),
+        (["dataset={data}", "changes=maybe"], "changes: found 'maybe', expected a valid boolean"),
+        (["dataset={data}", "episodes=1"], "episodes: found 1, expected a valid list"),
+        (["dataset={data}", "strip=[1.5]"], "strip: found"),
+        (["dataset={data}", "schema=3"], "schema: found 3"),
         (["dataset={data}", "decisions=/proc/none/d.jsonl"], "decisions: .* cannot be written"),
     ],
 )

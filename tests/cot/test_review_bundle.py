@@ -57,7 +57,7 @@ def test_decisions_of_elsewhere_come_home(dataset: DatasetMaterial, bundle: Path
     with reviewing(elsewhere, tmp_path / "away.jsonl", reviewer="bob") as review:
         for key in keys():
             kind = rng.choice(("accept", "edit", "reject"))
-            review.decide(key, kind, thought(*key) + " go on." * (kind == "edit"), thought(*key))
+            review.decide(key, kind, thought(*key) + " go on." * (kind == "edit"), thought(*key), "", "page")
     with DecisionLog(tmp_path / "home.jsonl") as log:
         merged = merge(log, tmp_path / "away.jsonl", {frame.key: frame.thought for frame in dataset.frames})
     assert (merged.taken, merged.conflicts, merged.foreign) == (len(keys()), [], 0)
@@ -68,7 +68,7 @@ def test_decisions_of_elsewhere_come_home(dataset: DatasetMaterial, bundle: Path
 
 def test_what_is_reviewed_already_need_not_be_exported(dataset: DatasetMaterial, tmp_path: Path) -> None:
     with reviewing(dataset, tmp_path / "d.jsonl") as review:
-        review.decide(keys()[0], "reject", "", thought(*keys()[0]))
+        review.decide(keys()[0], "reject", "", thought(*keys()[0]), "", "page")
         write_bundle(tmp_path / "rest.zip", dataset, review.chosen(), STRIP)
     rest = BundleMaterial(tmp_path / "rest.zip")
     assert {frame.key for frame in rest.frames} == set(keys()) - {keys()[0], REVIEWED_KEY}

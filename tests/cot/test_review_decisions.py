@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dtvla.cot.review import decisions as module
-from dtvla.cot.review.decisions import Decision, DecisionLog, read_decisions
+from dtvla.cot.review.decisions import Decision, DecisionLog, read_decisions, standing
 from dtvla.cot.review.merging import merge
 from dtvla.errors import UserError
 
@@ -45,7 +45,7 @@ def test_the_last_decision_on_a_frame_stands_unless_it_was_taken_back(tmp_path: 
     fields = ["episode", "frame", "decision", "thought", "before", "reviewer", "time"]
     assert all(list(json.loads(line)) == fields for line in path.read_text().splitlines())
     with DecisionLog(path) as log:
-        assert log.standing == read_decisions(path)
+        assert standing(log.last) == read_decisions(path)
 
 
 def test_a_line_that_was_cut_short_anywhere_is_dropped_and_written_over(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_merging_gives_the_same_in_either_order_and_says_its_conflicts(tmp_path:
         written(tmp_path / f"home{number}.jsonl", *home)
         with DecisionLog(tmp_path / f"home{number}.jsonl") as log:
             merged = merge(log, path, thoughts)
-            results.append({key: (d.decision, d.thought) for key, d in log.standing.items()})
+            results.append({key: (d.decision, d.thought) for key, d in standing(log.last).items()})
             again = merge(log, path, thoughts)
             assert again.taken == 0  # nothing twice
     assert results[0] == results[1]
@@ -176,6 +176,6 @@ def test_decisions_about_other_thoughts_are_left_out_or_refused(tmp_path: Path) 
         changed = {(0, 1): some(0, 1).before, (0, 2): some(0, 2, "edit").thought, (0, 3): "written anew"}
         merged = merge(log, other, changed)
         assert (merged.taken, merged.foreign) == (2, 1)
-        assert set(log.standing) == {(0, 1), (0, 2)}
+        assert set(standing(log.last)) == {(0, 1), (0, 2)}
     with DecisionLog(tmp_path / "empty.jsonl") as log, pytest.raises(UserError, match="import: .*other thoughts"):
         merge(log, other, dict.fromkeys(changed, "quite another dataset"))

@@ -39,6 +39,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> DatasetMaterial:
     return DatasetMaterial(write_annotated(tmp_path_factory.mktemp("data") / "soup"))
 
 
+NEW = {"decided": "", "page": "one"}
+
+
 @pytest.fixture
 def decisions(tmp_path: Path) -> Path:
     return tmp_path / "decisions.jsonl"
@@ -50,8 +53,18 @@ def client(material: DatasetMaterial, decisions: Path) -> Iterator[FlaskClient]:
         yield create_app(review).test_client()
 
 
-def decide(client: FlaskClient, key: tuple[int, int], decision: str, text: str = "", before: str | None = None) -> int:
-    told = {"episode": key[0], "frame": key[1], "decision": decision, "thought": text}
+def decide(
+    client: FlaskClient,
+    key: tuple[int, int],
+    decision: str,
+    text: str = "",
+    before: str | None = None,
+    decided: str | None = None,
+    page: str = "one",
+) -> int:
+    """Decide on a page that shows the frame as it is now, or as it was with an earlier decision."""
+    seen = client.get(f"/api/frames/{key[0]}/{key[1]}").get_json().get("decided", "") if decided is None else decided
+    told = {"episode": key[0], "frame": key[1], "decision": decision, "thought": text, "decided": seen, "page": page}
     return client.post(
         "/api/decisions", json={**told, "before": thought(*key) if before is None else before}
     ).status_code
@@ -123,7 +136,7 @@ def test_an_edit_that_fails_the_checks_is_refused_with_reasons(
     client: FlaskClient, decisions: Path, text: str, reason: str
 ) -> None:
     key = keys()[0]
-    told = {"episode": key[0], "frame": key[1], "decision": "edit", "thought": text, "before": thought(*key)}
+    told = {"episode": key[0], "frame": key[1], "decision": "edit", "thought": text, "before": thought(*key), **NEW}
     answer = client.post("/api/decisions", json=told)
     assert answer.status_code == 422
     assert any(reason in sentence for sentence in answer.get_json()["reasons"])
@@ -162,11 +175,27 @@ def test_undo_takes_back_one_after_the_other_and_brings_back_what_stood_before(
     for key, decision in ((a, "accept"), (b, "reject"), (a, "reject")):
         assert decide(client, key, decision, thought(*key)) == 200
     undone = []
-    while (answer := client.post("/api/undo", json={})).status_code == 200:
+    while (answer := client.post("/api/undo", json={"page": "one"})).status_code == 200:
         undone.append((answer.get_json()["episode"], answer.get_json()["frame"], answer.get_json()["state"]))
     assert undone == [(*a, "accept"), (*b, ""), (*a, "")]
     assert answer.status_code == 422
     assert read_decisions(decisions) == {}
+
+
+def test_two_pages_neither_overwrite_nor_take_back_what_the_other_decided(client: FlaskClient, decisions: Path) -> None:
+    a, b = keys()[:2]
+    edited = f"{thought(*a)} go on."
+    assert decide(client, a, "edit", edited, page="one") == 200
+    assert decide(client, a, "accept", thought(*a), decided="", page="two") == 409  # it shows the frame as it was
+    assert read_decisions(decisions)[a].thought == edited
+    assert client.post("/api/undo", json={"page": "two"}).status_code == 422
+    assert decide(client, b, "reject", page="two") == 200
+    assert decide(client, a, "reject", page="two") == 200
+    answer = client.post("/api/undo", json={"page": "one"})
+    assert answer.status_code == 422
+    assert "somebody else" in answer.get_json()["reasons"][0]
+    assert client.post("/api/undo", json={"page": "two"}).get_json()["state"] == "edit"
+    assert {key: decision.decision for key, decision in read_decisions(decisions).items()} == {a: "edit", b: "reject"}
 
 
 def test_a_page_of_another_dataset_decides_and_sees_nothing(client: FlaskClient, decisions: Path) -> None:
@@ -186,7 +215,7 @@ def test_a_page_of_another_dataset_decides_and_sees_nothing(client: FlaskClient,
 
 @pytest.mark.parametrize("told", [[], {}, {"episode": "0"}, {"decision": "undo"}, {"frame": True}, {"thought": None}])
 def test_nonsense_is_refused(client: FlaskClient, decisions: Path, told: object) -> None:
-    good = {"episode": 0, "frame": 0, "decision": "accept", "thought": thought(0, 0), "before": thought(0, 0)}
+    good = {"episode": 0, "frame": 0, "decision": "accept", "thought": thought(0, 0), "before": thought(0, 0), **NEW}
     content = {**good, **told} if told and isinstance(told, dict) else told
     assert client.post("/api/decisions", json=content).status_code == 400
     assert decisions.read_bytes() == b""

@@ -61,6 +61,8 @@ def test_every_thought_of_the_expert_passes() -> None:
         (f"<think>{GOOD} <unused7>.</think>", "control"),
         (f"<think>{GOOD} <eos>.</think>", "control"),
         ("<think>The gripper is open and far away. Next, move down and close the gripper.</think>", "objects"),
+        (f"<think>{GOOD} {GOOD}</think>", "repetition"),
+        ("<think>The bowl. The bowl. The bowl. The bowl. The bowl.</think>", "repetition"),
         ("<think>The black bowl is on the left. Next, carry the wine bottle over to the stove.</think>", "objects"),
         ("<think>The black bowl is on the left. Next, move above the white bowl on the table.</think>", "objects"),
         ("<think>The bowls and the bowling are next. Next, go on and go on and on.</think>", "objects"),

@@ -41,6 +41,7 @@ def settings(root: Path) -> list[str]:
         "data.num_workers=0",
         "trainer.log_every_n_steps=1",
         "trainer.limit_val_batches=1",
+        "callbacks.samples.frames=1",
         "logger=csv",
     ]
 

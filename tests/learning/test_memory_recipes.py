@@ -48,6 +48,7 @@ def settings(root: Path) -> list[str]:
         "trainer.precision=bf16-mixed",
         "trainer.max_steps=4",
         "trainer.val_check_interval=null",
+        "callbacks.samples.frames=1",
         "logger=csv",
     ]
 

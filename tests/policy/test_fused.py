@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import server
 from transformers import GemmaConfig, GemmaModel
 
 from dtvla.policy import adapters, fused
@@ -91,19 +92,19 @@ def test_what_is_not_a_number_stays_visible(dtype: torch.dtype) -> None:
     assert torch.equal(fused.product(x[[0, 3, 0, 3]], weight), x[[0, 3, 0, 3]])
 
 
-THREADS = """
-import torch
-from dtvla.policy import fused
-torch.set_num_threads({threads})
-fused.product(torch.randn(1, 6), torch.randn(8, 6))
-assert torch.get_num_threads() == {threads}, torch.get_num_threads()
-"""
+def _multiply(threads: int) -> None:
+    torch.set_num_threads(threads)
+    fused.product(torch.randn(1, 6), torch.randn(8, 6))
+    assert torch.get_num_threads() == threads, torch.get_num_threads()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_torch_keeps_its_number_of_threads(threads: int) -> None:
-    """Numba and torch share OpenMP's settings; in a fresh process, where Numba starts its threads."""
-    subprocess.run([sys.executable, "-c", THREADS.format(threads=threads)], check=True)
+    """Numba and torch share OpenMP's settings; in a process where Numba has not started its threads."""
+    process = server().Process(target=_multiply, args=(threads,))
+    process.start()
+    process.join(200)
+    assert process.exitcode == 0
 
 
 LAYERS = """

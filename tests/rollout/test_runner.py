@@ -51,16 +51,16 @@ class SeenPolicy:
 
 
 @pytest.fixture(scope="module")
-def four() -> Iterator[EnvPool]:
+def three() -> Iterator[EnvPool]:
     """The one pool of all tests: every environment costs seconds to make."""
-    with EnvPool(4, image_size=48, render="draft", protocol="published") as pool:
+    with EnvPool(3, image_size=48, render="draft", protocol="published") as pool:
         yield pool
 
 
 @pytest.fixture
-def one(four: EnvPool) -> Iterator[EnvPool]:
-    with only(four, 1):
-        yield four
+def one(three: EnvPool) -> Iterator[EnvPool]:
+    with only(three, 1):
+        yield three
 
 
 @contextmanager
@@ -81,15 +81,15 @@ def outcome(result: EpisodeResult) -> EpisodeResult:
 
 @pytest.mark.slow
 @pytest.mark.sim
-def test_episodes_do_not_depend_on_workers_batches_or_filming(four: EnvPool, tmp_path: Path) -> None:
+def test_episodes_do_not_depend_on_workers_batches_or_filming(three: EnvPool, tmp_path: Path) -> None:
     finished: list[EpisodeResult] = []
-    with only(four, 1) as one:
+    with only(three, 1) as one:
         alone = run_episodes(SeenPolicy(), specs(), one, THINK, on_result=finished.append)
     assert finished == alone, "every episode is reported once"
-    with only(four, 2) as two:
+    with only(three, 2) as two:
         together = run_episodes(SeenPolicy(), specs(record=1), two, THINK, video_dir=tmp_path / "videos")
     single = SeenPolicy()
-    unbatched = run_episodes(single, list(reversed(specs())), four, THINK, batch_size=1)
+    unbatched = run_episodes(single, list(reversed(specs())), three, THINK, batch_size=1)
     assert [outcome(r) for r in together] == [outcome(r) for r in alone]
     assert [outcome(r) for r in reversed(unbatched)] == [outcome(r) for r in alone]
     assert set(single.batches) == {1}
@@ -105,22 +105,22 @@ def test_episodes_do_not_depend_on_workers_batches_or_filming(four: EnvPool, tmp
 
 
 @pytest.mark.sim
-def test_the_policy_decides_for_one_group_while_another_one_is_simulated(four: EnvPool) -> None:
+def test_the_policy_decides_for_one_group_while_another_one_is_simulated(three: EnvPool) -> None:
     class Slow(SeenPolicy):
         def act(self, observations: list[dict[str, Any]], cot: Any, **more: Any) -> list[Decision]:
-            simulating.append(sum(worker.overdue is not None for worker in four._workers))
+            simulating.append(sum(worker.overdue is not None for worker in three._workers))
             time.sleep(0.05)  # as long as a chunk takes
             return super().act(observations, cot, **more)
 
     simulating: list[int] = []
-    results = run_episodes(Slow(), specs(), four, THINK)
+    results = run_episodes(Slow(), specs(), three, THINK)
     assert [r.init_state for r in results] == STATES
     assert max(simulating) >= 2
     assert len(simulating) < sum(len(r.thoughts) for r in results), "and it decides for several at once"
 
 
 @pytest.mark.sim
-def test_a_killed_worker_changes_no_episode(four: EnvPool) -> None:
+def test_a_killed_worker_changes_no_episode(three: EnvPool) -> None:
     class Killing(SeenPolicy):
         def act(self, observations: list[dict[str, Any]], cot: Any, **more: Any) -> list[Decision]:
             if len(self.batches) == 3:
@@ -128,7 +128,7 @@ def test_a_killed_worker_changes_no_episode(four: EnvPool) -> None:
             return super().act(observations, cot, **more)
 
     finished: list[EpisodeResult] = []
-    with only(four, 2) as two:
+    with only(three, 2) as two:
         undisturbed = run_episodes(SeenPolicy(), specs(), two, THINK)
         two.losses.clear()
         disturbed = run_episodes(Killing(), specs(), two, THINK, on_result=finished.append)
@@ -166,7 +166,7 @@ def check_film(folder: Path, results: list[EpisodeResult]) -> None:
 
 
 @pytest.mark.sim
-def test_each_episode_drafts_with_its_own_last_thought(four: EnvPool) -> None:
+def test_each_episode_drafts_with_its_own_last_thought(three: EnvPool) -> None:
     """Also after a worker took over another episode; what the model wrote is counted."""
 
     class Drafting(SeenPolicy):
@@ -185,7 +185,7 @@ def test_each_episode_drafts_with_its_own_last_thought(four: EnvPool) -> None:
     before = {
         decision_seed(spec, k + 1): [decision_seed(spec, k) % 997, 8, 9] for spec in specs() for k in range(LIMIT)
     }
-    results = run_episodes(Drafting(), specs(), four, CotMode(speculate=True))
+    results = run_episodes(Drafting(), specs(), three, CotMode(speculate=True))
     thoughts = [thought for result in results for thought in result.thoughts]
     assert len(thoughts) == 12
     assert {(t.tokens, t.forwards) for t in thoughts} == {(3, 2)}

@@ -19,7 +19,7 @@ from dtvla.sim.rendering import Snapshot
 pytestmark = pytest.mark.sim
 
 SUITE, TASK, INIT, SIZE = "libero_goal", 7, 3, 128  # fixtures placed at random, and a stove that changes its looks
-STEPS = 25
+STEPS = 15
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +203,7 @@ assert "torch" not in sys.modules, "torch was imported"
     home = tmp_path / "home"
     home.mkdir()
     dropped = ("MPLCONFIGDIR", "MUJOCO_GL", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+    dropped += ("MESA_SHADER_CACHE_DISABLE", "MESA_SHADER_CACHE_DIR")
     environment = {key: value for key, value in os.environ.items() if key not in dropped}
     done = subprocess.run(
         [sys.executable, "-c", code],

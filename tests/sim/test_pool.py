@@ -32,11 +32,12 @@ def gather(pool: EnvPool, count: int) -> dict[int, Reply]:
 
 
 def alive(process: int) -> bool:
-    """Whether a process runs (a zombie that nobody has reaped doesn't)."""
+    """Whether a process runs (a zombie that nobody has reaped doesn't), or a thread of it, which keeps pipes open."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+        threads = [stat.read_text() for stat in Path(f"/proc/{process}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):
+        return alive(process)  # one ended while it was looked at
+    return any(thread.rsplit(")", 1)[1].split()[0] not in "ZX" for thread in threads)
 
 
 def gone(processes: list[int], timeout: float = 10.0) -> bool:
@@ -97,9 +98,12 @@ def test_workers_agree_and_report_errors(pool: EnvPool) -> None:
     pool.start(0, replace(SPEC, init_state=77))
     with pytest.raises(UserError, match=r"init_states: 77 .*\(episode: libero_object task 0, init state 77"):
         gather(pool, 1)
-    pool.start(0, replace(SPEC, init_state=1))
+    pool.start(0, replace(SPEC, init_state=1, max_steps=1))
     assert (gather(pool, 1)[0].observation["agentview"] != kept).any()
     np.testing.assert_array_equal(first.observation["agentview"], kept, "an observation outlives the next one")
+    assert play(pool, 0, ACTIONS[:2], 2).info["steps"] == 1, "the limit is that of the episode"
+    pool.start(0, replace(SPEC, init_state=1))
+    gather(pool, 1)
     pool.act(0, np.full((1, 7), np.nan))
     with pytest.raises(RuntimeError, match=r"7 finite numbers(.|\n)*init state 1"):
         gather(pool, 1)

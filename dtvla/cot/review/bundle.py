@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,12 @@ from dtvla.cot.review.material import EpisodeFacts, LabelledFrame, Material, str
 from dtvla.errors import UserError
 
 FORMAT, VERSION = "dtvla.review_bundle", 1
+DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+)  # the latter: packed or locked in odd ways
 HEAD, FRAMES, EPISODES = "bundle.json", "frames.jsonl", "episodes.jsonl"
 
 
@@ -51,7 +59,8 @@ def write_bundle(
             f"export: {path} cannot be written ({error.strerror}); free space or choose another export=FILE"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _write(
@@ -98,9 +107,12 @@ class BundleMaterial:
             self.cameras, self.strip, self.schema = list(head["cameras"]), list(head["strip"]), dict(head["schema"])
             self.frames = [LabelledFrame(**{**line, "failed": tuple(line["failed"])}) for line in self._records(FRAMES)]
             self._episodes = {int(line.pop("episode")): EpisodeFacts(**line) for line in self._records(EPISODES)}
+            known = all(frame.episode in self._episodes for frame in self.frames)
+            if not (self.frames and self.cameras and known and all(type(offset) is int for offset in self.strip)):
+                raise ValueError("frames, cameras or episodes are missing")
         except OSError as error:
             raise UserError(f"bundle: {path} cannot be read ({error.strerror}); name a file of export=FILE") from None
-        except (zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
+        except (*DAMAGED, ValueError, KeyError, TypeError) as error:
             raise UserError(f"bundle: {path} is no whole bundle ({error}); copy or export it again") from None
 
     def episode(self, number: int) -> EpisodeFacts:
@@ -114,7 +126,7 @@ class BundleMaterial:
             return self._file.read(name)
         except KeyError:
             return None
-        except (zipfile.BadZipFile, OSError) as error:
+        except (*DAMAGED, OSError) as error:
             raise UserError(f"bundle: {name} is damaged ({error}); copy or export it again") from None
 
     def _records(self, name: str) -> list[dict[str, Any]]:

@@ -137,11 +137,6 @@ class DecisionLog:
             self._file.close()
             raise
 
-    @property
-    def standing(self) -> dict[Key, Decision]:
-        """Decisions that were not taken back."""
-        return standing(self.last)
-
     def append(self, decisions: Iterable[Decision]) -> None:
         """Put decisions on disk: all of them, or none when this raises.
 

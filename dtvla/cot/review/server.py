@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import socket
+import sys
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, abort, jsonify, redirect, request
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from dtvla.cot.review.session import Review
 
 LOCAL_HOSTS = ["127.0.0.1", "localhost"]
-COOKIE = "dtvla_review"
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -47,10 +48,16 @@ def create_app(review: Review, key: str | None = None) -> Flask:
     app.register_error_handler(KeyError, lambda error: (jsonify(reasons=["there is no such frame"]), 404))
     app.register_error_handler(Refused, lambda error: (jsonify(reasons=error.reasons), 422))
     app.register_error_handler(Outdated, lambda error: (jsonify(reasons=error.reasons), 409))
-    app.register_error_handler(UserError, lambda error: (jsonify(reasons=[str(error)]), 500))
+    app.register_error_handler(UserError, _said)
     _add_page(app, review)
     _add_decisions(app, review)
     return app
+
+
+def _said(error: UserError) -> tuple[Response, int]:
+    """Tell the terminal, too: a page says no more than that a picture is missing."""
+    print(f"error: {error}", file=sys.stderr)
+    return jsonify(reasons=[str(error)]), 500
 
 
 def _add_page(app: Flask, review: Review) -> None:
@@ -87,30 +94,39 @@ def _add_decisions(app: Flask, review: Review) -> None:
     @app.post("/api/decisions")
     def decide() -> Response:
         told: dict[str, Any] = request.get_json()
-        kinds = {"episode": int, "frame": int, "decision": str, "thought": str, "before": str}
+        texts = dict.fromkeys(("decision", "thought", "before", "decided", "page"), str)
+        kinds = {"episode": int, "frame": int, **texts}
         if not isinstance(told, dict) or any(type(told.get(name)) is not kind for name, kind in kinds.items()):
             abort(400)
         if told["decision"] not in (ACCEPT, EDIT, REJECT):
             abort(400)
         key = told["episode"], told["frame"]
-        review.decide(key, told["decision"], told["thought"], told["before"])
-        return jsonify(state=review.state(key), progress=review.progress())
+        review.decide(key, **{name: told[name] for name in texts})
+        return jsonify(state=review.state(key))
 
     @app.post("/api/undo")
     def undo() -> Response:
-        request.get_json()
-        episode, frame = key = review.undo()
-        return jsonify(episode=episode, frame=frame, state=review.state(key), progress=review.progress())
+        told = request.get_json()
+        if not isinstance(told, dict) or not isinstance(told.get("page"), str):
+            abort(400)
+        episode, frame = key = review.undo(told["page"])
+        return jsonify(episode=episode, frame=frame, state=review.state(key))
 
 
 def _admit(key: str) -> AnyResponse | None:
-    """Let in who knows the key: from the address at first, from a cookie afterwards."""
+    """Let in who knows the key: from the address at first, from a cookie afterwards.
+
+    Browsers send cookies to all ports of a host, so each server's has a name of its own.
+    """
+    cookie = f"dtvla_review_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if secrets.compare_digest(request.args.get("key", "").encode(), key.encode()):
         answer = redirect("/")
-        answer.set_cookie(COOKIE, key, httponly=True, samesite="Strict")
+        answer.set_cookie(cookie, key, httponly=True, samesite="Strict")
         return answer
-    if not secrets.compare_digest(request.cookies.get(COOKIE, "").encode(), key.encode()):
-        abort(403, "open the address that dtvla review printed, with its key")
+    if not secrets.compare_digest(request.cookies.get(cookie, "").encode(), key.encode()):
+        answer = jsonify(reasons=["open the address that dtvla review printed last, with its key"])
+        answer.status_code = 403
+        return answer
     return None
 
 
@@ -141,7 +157,10 @@ def make_review_server(app: Flask, host: str, port: int) -> BaseWSGIServer:
         listener = socket.create_server((host, port))
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no such port"
-        raise UserError(f"port: {host}:{port} can't be used ({reason}); choose another port=NUMBER, or 0") from None
+        raise UserError(
+            f"host, port: {host}:{port} can't be used ({reason}); choose another port=NUMBER, or 0, and an IPv4 "
+            "host of this machine"
+        ) from None
     with listener:  # the server keeps a copy
         number = listener.getsockname()[1]
         return make_server(host, number, app, threaded=True, request_handler=_QuietHandler, fd=listener.fileno())

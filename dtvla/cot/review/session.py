@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from threading import Lock
@@ -56,7 +56,7 @@ class Review:
         self._strip, self._show = list(strip), show
         self._frames = {frame.key: frame for frame in material.frames}
         self._episodes = {frame.episode for frame in material.frames}
-        self._undoable: list[tuple[Key, Decision | None]] = []
+        self._undoable: defaultdict[str, list[tuple[Decision, Decision | None]]] = defaultdict(list)  # by page
         self._lock = Lock()
 
     def overview(self) -> dict[str, Any]:
@@ -65,7 +65,6 @@ class Review:
             "name": self.material.name,
             "digest": self.material.digest,
             "cameras": self.material.cameras,
-            "reviewer": self._reviewer,
             "show": self._show,
             "frames": [(*key, self.state(key)) for key in self._frames],
         }
@@ -79,7 +78,7 @@ class Review:
             **asdict(frame),
             "shown": decision.thought if edited and decision else frame.thought,
             "state": self.state(key),
-            "reviewer": decision.reviewer if decision else None,
+            "decided": decision.time if decision else "",
             "strip": strip_frames(frame.frame, facts.length, self._strip),
         }
 
@@ -105,7 +104,7 @@ class Review:
         states = Counter(self.state(key) for key in self._frames)
         return {"frames": len(self._frames), **{kind: states[kind] for kind in (ACCEPT, EDIT, REJECT)}}
 
-    def decide(self, key: Key, decision: str, thought: str, before: str) -> None:
+    def decide(self, key: Key, decision: str, thought: str, before: str, decided: str, page: str) -> None:
         """Put a decision on disk.
 
         Args:
@@ -113,10 +112,12 @@ class Review:
             decision: ``accept``, ``edit`` or ``reject``.
             thought: the text that was accepted or written.
             before: the dataset's text that the page shows.
+            decided: time of the decision that the page shows, "" for none.
+            page: that decides; it can take back its own decisions.
 
         Raises:
             KeyError: no such frame.
-            Outdated: ``before`` is not the text that is under review.
+            Outdated: the page shows another text than is under review, or not the decision that stands.
             Refused: the text does not pass the checks.
             UserError: the disk is full.
         """
@@ -130,28 +131,35 @@ class Review:
             raise Refused(*reasons)
         with self._lock:
             previous = self._decision(key)
-            self._log.append([Decision(*key, decision, text, before, self._reviewer, now())])
-            self._undoable.append((key, previous))
+            if decided != (previous.time if previous else ""):
+                raise Outdated("somebody has decided about this frame meanwhile; look at it again")
+            new = Decision(*key, decision, text, before, self._reviewer, now())
+            self._log.append([new])
+            self._undoable[page].append((new, previous))
 
-    def undo(self) -> Key:
-        """Take back the latest decision of this session, so that what was decided before it stands again.
+    def undo(self, page: str) -> Key:
+        """Take back the latest decision of a page, so that what was decided before it stands again.
 
         Returns:
             The frame that it was about.
 
         Raises:
-            Refused: there is none.
+            Refused: there is none since this review was started, or somebody else has decided since.
             UserError: the disk is full.
         """
         with self._lock:
-            if not self._undoable:
-                raise Refused("nothing was decided since this review was started")
-            key, previous = self._undoable[-1]
-            before = self._frames[key].thought
+            if not self._undoable[page]:
+                raise Refused("nothing was decided here since this review was started")
+            own, previous = self._undoable[page][-1]
+            if self._log.last.get(own.key) != own:
+                self._undoable[page].pop()
+                raise Refused("somebody else has decided about that frame since")
             kind, thought = (previous.decision, previous.thought) if previous else (UNDO, "")
-            self._log.append([Decision(*key, kind, thought, before, self._reviewer, now())])
-            self._undoable.pop()
-            return key
+            again = Decision(*own.key, kind, thought, own.before, self._reviewer, now())
+            self._log.append([again])
+            rest = self._undoable[page][:-1]
+            self._undoable[page] = [(again if new == previous else new, old) for new, old in rest]
+            return own.key
 
     def _decision(self, key: Key) -> Decision | None:
         """The decision that stands on a frame and is about its thought as it is now."""

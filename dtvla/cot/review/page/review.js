@@ -11,7 +11,8 @@ let current = null;   // of frames, the one on the page
 let detail = null;    // what the server says about it; null while it is asked
 let facts = null;     // and about its episode
 let editing = false, busy = false;
-const asked = new Map();  // answers about episodes, and about frames that may come next
+const asked = new Map();  // answers about episodes
+const page = sessionStorage.page ??= crypto.getRandomValues(new Uint32Array(4)).join("-");
 
 class Problem extends Error {
   constructor(reasons, status) {
@@ -71,7 +72,7 @@ async function show(item) {
   drawButtons();
   scrollTo(0, 0);
   try {
-    const answers = await Promise.all([once(frameAddress(item)), once(factsAddress(item))]);
+    const answers = await Promise.all([ask(frameAddress(item)), once(factsAddress(item))]);
     if (current !== item) return;
     [detail, facts] = answers;
     item.state = detail.state;
@@ -79,7 +80,6 @@ async function show(item) {
     if (current === item) say(problem.reasons);
     return;
   }
-  asked.delete(frameAddress(item));  // the next visit asks again: a decision may have been made elsewhere
   draw();
   const after = nextOpen();
   if (after && after !== item) prepare(after);
@@ -87,7 +87,7 @@ async function show(item) {
 
 async function prepare(item) {
   try {
-    const coming = await once(frameAddress(item));
+    const coming = await ask(frameAddress(item));
     for (const camera of info.cameras) new Image().src = pictureAddress(item, item.frame, camera);
     for (const near of coming.strip.filter(place => place !== null)) new Image().src = pictureAddress(item, near, info.cameras[0]);
   } catch { /* it will be said when the frame is shown */ }
@@ -202,17 +202,23 @@ const decide = (decision, thought) => attempt(async () => {
   if (!detail) return;
   const item = current;
   const { episode, frame } = item;
-  const answer = await ask("/api/decisions", { episode, frame, decision, thought, before: detail.thought });
+  const told = { episode, frame, decision, thought, before: detail.thought, decided: detail.decided, page };
+  let answer;
+  try {
+    answer = await ask("/api/decisions", told);
+  } catch (problem) {
+    if (problem.status !== 409 || editing) throw problem;  // a text under way stays
+    await show(item);
+    return say(problem.reasons);
+  }
   item.state = answer.state;
-  asked.delete(frameAddress(item));
   await show(nextOpen() ?? item);
 });
 
 const undo = () => attempt(async () => {
-  const told = await ask("/api/undo", {});
+  const told = await ask("/api/undo", { page });
   const item = frames.find(other => other.episode === told.episode && other.frame === told.frame);
   item.state = told.state;
-  asked.delete(frameAddress(item));
   await show(item);
 });
 
