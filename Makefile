@@ -16,10 +16,12 @@ TESTS  ?= tests
 PYTEST ?=
 JOBS   ?= 2
 
+STUDIES = $(notdir $(patsubst %/commands.sh,%,$(wildcard experiments/*/commands.sh)))
+
 .PHONY: help setup doctor quickstart test test-fast lint format lock notebook clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: ## make .venv with the exact packages of requirements.lock (a second run takes no time)
 	@VENV=$(VENV) tools/setup.sh
@@ -30,6 +32,13 @@ doctor: setup ## is this machine fit? versions, GPU, rendering, MuJoCo drift, di
 quickstart: ## demonstrations, training, evaluation and a report for one task (SUITE, TASK, EPISODES, OUT)
 	@began=$$(date +%s.%N) && VENV=$(VENV) tools/setup.sh && $(PY) tools/quickstart.py \
 	  --began $$began --suite $(SUITE) --task $(TASK) --episodes $(EPISODES) --out $(OUT)
+
+reproduce-%: setup ## run a study of experiments/ again, e.g. reproduce-latency; results in outputs/reproduce/
+	@test -f experiments/$*/commands.sh || \
+	  { echo "error: reproduce-$*: no such study; choose one of $(STUDIES)" >&2; exit 2; }
+	@mkdir -p outputs/reproduce/$* && ln -sfn "$(CURDIR)/tools" outputs/reproduce/$*/tools
+	@cd outputs/reproduce/$* && PATH="$(abspath $(VENV))/bin:$$PATH" env -u DTVLA_ROOT \
+	  bash -euxo pipefail "$(CURDIR)/experiments/$*/commands.sh"
 
 test: setup lint ## everything: ruff, mypy, and all tests on the real simulator (TESTS, PYTEST)
 	@tools/browser.sh

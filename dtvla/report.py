@@ -30,7 +30,7 @@ def _main(cfg: "DictConfig") -> None:
 
 
 def run(cfg: "DictConfig") -> Path:
-    """Write the report as configured: HTML for folders and for an output that is named so, else Markdown.
+    """Write the report as configured: HTML for folders, Markdown for a run.
 
     Raises:
         UserError: a setting is wrong, a folder is missing or holds nothing, a file is damaged.
@@ -39,21 +39,15 @@ def run(cfg: "DictConfig") -> Path:
 
     from dtvla.errors import UserError
 
-    html = cfg.output is not None and Path(str(cfg.output)).suffix == ".html"
     if not cfg.folders:
-        if OmegaConf.is_missing(cfg, "run"):
-            raise UserError("run: none was given; name folders, dtvla report FOLDER..., or add run=FOLDER")
-    elif not OmegaConf.is_missing(cfg, "run") or cfg.evaluations is not None:
+        from dtvla.analysis.report import write_report
+
+        return write_report(cfg)
+    if not OmegaConf.is_missing(cfg, "run") or cfg.evaluations is not None:
         raise UserError("run, evaluations: found folders, too; name all of them as folders, dtvla report FOLDER...")
-    elif cfg.output is not None and not html:
-        raise UserError(f"output: {cfg.output} is no .html file; choose output=FILE.html, or run=FOLDER for Markdown")
-    if cfg.folders or html:
-        from dtvla.analysis.html import write_html
+    from dtvla.analysis.html import write_html
 
-        return write_html(cfg)
-    from dtvla.analysis.report import write_report
-
-    return write_report(cfg)
+    return write_html(cfg)
 
 
 def name_folders(arguments: Sequence[str]) -> list[str]:

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 from dtvla.analysis.frames import KEY, check_poolable, say
 from dtvla.analysis.intervals import wilson
 from dtvla.analysis.pairing import tally
-from dtvla.analysis.resampling import bootstrap_ratio, flip_test
-from dtvla.analysis.unpaired import holm
+from dtvla.analysis.resampling import bootstrap_ratio, flip_test, holm
 from dtvla.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,12 +28,18 @@ def success(frame: "pd.DataFrame", by: Sequence[str] = ("arm",)) -> "pd.DataFram
     Raises:
         UserError: there are no rows, or no such column.
     """
+    need_columns(frame, ["run", "arm", *KEY])
+    for sentence in check_poolable(frame):
+        say(sentence)
+    return success_rates(frame, by)
+
+
+def success_rates(frame: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
+    """As :func:`success`, for callers that have said what stands against pooling."""
     import pandas as pd
 
     groups = list(by)
-    need_columns(frame, [*groups, "run", "arm", *KEY, "success"])
-    for sentence in check_poolable(frame):
-        say(sentence)
+    need_columns(frame, [*groups, "success"])
     counts = frame.groupby(groups, sort=False, dropna=False)["success"].agg(["sum", "count"])
     rates = [wilson(int(solved), int(run)) for solved, run in counts.itertuples(index=False)]
     numbers = pd.DataFrame([r.to_dict() for r in rates], index=counts.index)

@@ -3,14 +3,12 @@
 import base64
 import io
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtvla.cores import usable_cores
 from dtvla.errors import UserError
 from dtvla.sim.film import FRAMES_PER_SECOND, PANEL_WIDTH
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
 CLIP_HEIGHT = 256  # pixels: what the cameras of the published protocol have
-MAX_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -62,24 +59,18 @@ def make_clips(films: Sequence[Path], most_bytes: int) -> list[Clip | UserError 
     Returns:
         For each film its clip, the reason why it cannot be read, or None when it does not fit.
     """
-    if most_bytes <= 0:
-        return [None] * len(films)
-    with ThreadPoolExecutor(max(1, min(MAX_THREADS, usable_cores()))) as pool:
-        clips = list(pool.map(_clip_or_reason, films))
     room = most_bytes
-    fitting: list[Clip | UserError | None] = []
-    for clip in clips:
-        fits = isinstance(clip, UserError) or len(clip) <= room
-        room -= len(clip) if fits and isinstance(clip, Clip) else 0
-        fitting.append(clip if fits else None)
-    return fitting
-
-
-def _clip_or_reason(film: Path) -> Clip | UserError:
-    try:
-        return make_clip(film)
-    except UserError as error:
-        return error
+    found: list[Clip | UserError | None] = []
+    for film in films:
+        try:
+            clip = make_clip(film) if room > 0 else None
+        except UserError as error:
+            found.append(error)
+            continue
+        fits = clip is not None and len(clip) <= room
+        room -= len(clip) if clip is not None and fits else 0
+        found.append(clip if fits else None)
+    return found
 
 
 def _cropped(source: "InputContainer") -> "Iterator[VideoFrame]":
@@ -109,7 +100,7 @@ def _encode(pictures: "Iterator[VideoFrame]") -> Clip:
     poster, clip = io.BytesIO(), io.BytesIO()
     first.to_image().save(poster, "JPEG", quality=75)
     with av.open(clip, "w", format="mp4") as target:
-        options = {"crf": "27", "preset": "veryfast", "threads": "1"}
+        options = {"crf": "27", "preset": "veryfast"}
         stream = target.add_stream("libx264", rate=FRAMES_PER_SECOND, options=options)
         stream.pix_fmt = "yuv420p"  # the one format that every browser plays
         stream.width, stream.height = first.width, first.height

@@ -1,21 +1,23 @@
 """The course of a training run as a picture, from its ``metrics.csv``."""
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dtvla.analysis.plots import COLOURS, empty_figure, figure_bytes, in_style, logarithmic
 from dtvla.errors import UserError
+from dtvla.rollout.results import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Series = dict[str, tuple[list[int], list[float]]]  # metric -> (steps, values)
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-TRAIN_COLOUR, VALIDATION_COLOUR, OTHER_COLOURS = "#0072B2", "#D55E00", ("#009E73", "#CC79A7")
+TRAIN_COLOUR, VALIDATION_COLOUR, OTHER_COLOURS = COLOURS[0], COLOURS[2], (COLOURS[4], COLOURS[6])
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ PANELS = (
 def read_metrics(path: Path) -> Series:
     """Read a metrics file: a column ``step`` and one column per metric, empty where it was not logged.
 
+    Values that are no finite numbers are left out.
+
     Raises:
         UserError: the file is missing, has no step column, or holds something that is not a number.
     """
@@ -49,7 +53,7 @@ def read_metrics(path: Path) -> Series:
             for row in csv.DictReader(file):
                 step = int(row.pop("step"))
                 for name, value in row.items():
-                    if value:
+                    if value and isfinite(float(value)):
                         steps, values = series.setdefault(name, ([], []))
                         steps.append(step)
                         values.append(float(value))
@@ -68,26 +72,24 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 def draw_curves(series: Mapping[str, tuple[list[int], list[float]]], path: Path) -> Path | None:
-    """Write a PNG with a plot for each panel that has data: training (pale raw, strong smoothed) and validation.
+    """Write the plots of :func:`plot_curves` as a PNG.
 
     Returns:
         `path`, or None (and no file) when no known metric is in `series`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display and without global state
-    from matplotlib.figure import Figure
-
-    panels = [p for p in PANELS if any(_select(series, metric) for metric in p.metrics)]
-    if not panels:
+    figure = plot_curves(series)
+    if figure is None:
         return None
-    figure = Figure(figsize=(4.6 * len(panels), 3.5), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _draw_panel(axes, panel, series)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
-    figure.savefig(temporary)
-    os.replace(temporary, path)
+    write_bytes(path, figure_bytes(figure, "png"))
     return path
+
+
+def plot_curves(
+    series: Mapping[str, tuple[list[int], list[float]]], panels: Sequence[Panel] = PANELS
+) -> "Figure | None":
+    """A plot for each panel that has data: training (pale raw, strong smoothed) and validation; None without data."""
+    panels = [p for p in panels if any(_select(series, metric) for metric in p.metrics)]
+    return _draw_panels(panels, series) if panels else None
 
 
 def _select(series: Mapping[str, tuple[list[int], list[float]]], metric: str) -> list[tuple[str, str]]:
@@ -95,9 +97,15 @@ def _select(series: Mapping[str, tuple[list[int], list[float]]], metric: str) ->
     return [(name, name.split("/")[0]) for name in series if name.split("/", 1)[-1] == metric]
 
 
-def _draw_panel(axes: "Axes", panel: Panel, series: Mapping[str, tuple[list[int], list[float]]]) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+@in_style
+def _draw_panels(panels: Sequence[Panel], series: Mapping[str, tuple[list[int], list[float]]]) -> "Figure":
+    figure = empty_figure(4.6 * len(panels), 3.5)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw_panel(axes, panel, series)
+    return figure
 
+
+def _draw_panel(axes: "Axes", panel: Panel, series: Mapping[str, tuple[list[int], list[float]]]) -> None:
     for number, metric in enumerate(panel.metrics):
         prefix = metric.replace("_accuracy", "") + " " if len(panel.metrics) > 1 else ""
         for column, split in _select(series, metric):
@@ -117,14 +125,10 @@ def _draw_panel(axes: "Axes", panel: Panel, series: Mapping[str, tuple[list[int]
     if panel.share:
         axes.set_ylim(-0.02, 1.02)
     elif panel.logarithmic and all(v > 0 for m in panel.metrics for c, _ in _select(series, m) for v in series[c][1]):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
+        logarithmic(axes.yaxis)
     axes.set_xlim(left=0)
-    axes.set_title(panel.title, fontsize=11, loc="left", fontweight="bold")
+    axes.set_title(panel.title, loc="left", fontweight="bold")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(panel.unit)
-    axes.grid(True, which="major", alpha=0.3, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    axes.grid()
+    axes.legend()

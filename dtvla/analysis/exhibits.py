@@ -8,6 +8,7 @@ from pathlib import Path
 from dtvla.analysis.clips import Clip, make_clips
 from dtvla.analysis.frames import say
 from dtvla.analysis.sources import Arm
+from dtvla.analysis.tables import printable
 from dtvla.errors import UserError
 from dtvla.rollout.results import EpisodeResult, Key, Thought, episode_key
 
@@ -29,7 +30,7 @@ class Card:
     """An episode of one arm.
 
     Attributes:
-        arm: number of the arm.
+        arm: name of the arm.
         success: of the episode.
         steps: of the episode.
         decisions: of the episode.
@@ -39,7 +40,7 @@ class Card:
         lacking: that there is no film though one was made, in words without folders of this machine; else empty.
     """
 
-    arm: int
+    arm: str
     success: bool
     steps: int
     decisions: int
@@ -73,7 +74,7 @@ def moments(thoughts: Sequence[Thought], steps: int) -> list[Moment]:
 
 def cut(text: str) -> str:
     """The text in one line of printable signs, cut to a length that a page can bear."""
-    words = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+    words = printable(text)
     return words if len(words) <= LONGEST else f"{words[:LONGEST]} … ({len(words) - LONGEST} more letters)"
 
 
@@ -86,10 +87,8 @@ def choose(arms: Sequence[Arm], cards: int) -> list[Key]:
     """
     seen: dict[Key, list[EpisodeResult]] = {}
     for arm in arms:
-        for key in dict.fromkeys(episode_key(e) for _, e in arm.episodes):
-            seen.setdefault(key, [])
         for _, episode in arm.episodes:
-            seen[episode_key(episode)].append(episode)
+            seen.setdefault(episode_key(episode), []).append(episode)
     eligible = {k: es for k, es in seen.items() if any(e.video or any(t.text for t in e.thoughts) for e in es)}
 
     def rank(key: Key) -> tuple[int, bool]:
@@ -118,17 +117,17 @@ def make_exhibits(arms: Sequence[Arm], cards: int, film_bytes: int) -> list[Exhi
         cards: about how many episodes of single arms are shown.
         film_bytes: most that the films take together; 0 for none.
     """
-    shown: list[tuple[Key, int, Path, EpisodeResult]] = []
+    shown: list[tuple[Key, str, Path, EpisodeResult]] = []
     for key in choose(arms, cards):
-        for number, arm in enumerate(arms):
-            shown += [(key, number, run.folder, e) for run, e in arm.episodes if episode_key(e) == key]
+        for arm in arms:
+            shown += [(key, arm.name, run.folder, e) for run, e in arm.episodes if episode_key(e) == key]
     films = [folder / str(e.video) for _, _, folder, e in shown if e.video]
     clips = dict(zip(films, make_clips(films, film_bytes), strict=True))
     exhibits: dict[Key, Exhibit] = {}
-    for key, number, folder, episode in shown:
+    for key, arm_name, folder, episode in shown:
         film, lacking = _film(clips, folder, episode.video)
         card = Card(
-            number, episode.success, episode.steps, len(episode.latency) or len(episode.thoughts),
+            arm_name, episode.success, episode.steps, len(episode.latency) or len(episode.thoughts),
             bool(episode.thoughts), moments(episode.thoughts, episode.steps), film, lacking,
         )  # fmt: skip
         suite, task_id, init_state, seed = key

@@ -31,13 +31,14 @@ from typing import TYPE_CHECKING, Any
 from dtvla.analysis.pairing import SELECTION, SUBJECT
 from dtvla.errors import UserError
 from dtvla.rollout.journal import RUN_FILE
-from dtvla.rollout.results import RESULTS_FILE, EpisodeResult, Results, read_results
+from dtvla.rollout.results import RESULTS_FILE, EpisodeResult, Results, policy_name, read_results
 
 if TYPE_CHECKING:
     import pandas as pd
 
 KEY = ["suite", "task_id", "init_state", "seed"]
 """Columns that tell the episodes of a run apart."""
+MODE_ORDER = ("think", "mask", "random", "shuffle", "given", "none")
 NOT_RECORDED = "not recorded"
 DIGEST_DIGITS = 12
 _PER_SUITE = ("rule.max_steps",)  # LIBERO's protocols give every suite a limit of its own
@@ -59,6 +60,16 @@ class Run:
     name: str
     folder: Path
     results: Results
+
+    @property
+    def mode(self) -> str:
+        """What happened to the thought."""
+        return str(self.results.settings.get("cot", {}).get("mode"))
+
+
+def mode_place(run: Run) -> int:
+    """Place of a run among others: think first, unknown modes last."""
+    return MODE_ORDER.index(run.mode) if run.mode in MODE_ORDER else len(MODE_ORDER)
 
 
 def load_results(paths: Paths) -> "pd.DataFrame":
@@ -106,12 +117,8 @@ def episode_frame(runs: Sequence[Run]) -> "pd.DataFrame":
     """A row for each episode, see :func:`load_results`."""
     import pandas as pd
 
-    table = _run_table(runs)
     rows = [{"run": run.name, **_episode(e)} for run in runs for e in run.results.episodes]
-    frame = pd.DataFrame(rows, columns=["run", *_episode(_NO_EPISODE)])
-    joined = frame.join(table, on="run")
-    joined.insert(1, "arm", joined.pop("arm"))
-    return joined
+    return _with_run_facts(pd.DataFrame(rows, columns=["run", *_episode(_NO_EPISODE)]), runs)
 
 
 def decision_frame(runs: Sequence[Run]) -> "pd.DataFrame":
@@ -133,9 +140,7 @@ def decision_frame(runs: Sequence[Run]) -> "pd.DataFrame":
     names = ["run", "suite", "task_id", "task", "init_state", "seed", "success", "decision"]
     names += ["step", "thought", "tokens", "forwards", "truncated", "gripper", "latency_ms"]
     frame = pd.DataFrame(rows, columns=names).astype({"latency_ms": float, "gripper": object})
-    joined = frame.join(_run_table(runs), on="run")
-    joined.insert(1, "arm", joined.pop("arm"))
-    return joined
+    return _with_run_facts(frame, runs)
 
 
 def check_poolable(frame: "pd.DataFrame") -> list[str]:
@@ -188,24 +193,20 @@ def _unpaired(frame: "pd.DataFrame") -> list[str]:
     ]
 
 
-def _run_table(runs: Sequence[Run]) -> "pd.DataFrame":
-    """What is the same for all episodes of a run, a row each; columns that a run does not have are missing values."""
+def _with_run_facts(frame: "pd.DataFrame", runs: Sequence[Run]) -> "pd.DataFrame":
+    """The rows with what is the same for all of their run; columns that a run does not have are NaN."""
     import pandas as pd
 
-    rows = {run.name: _run_facts(run.results) for run in runs}
-    names = dict.fromkeys(name for facts in rows.values() for name in facts)
-    columns = {}
-    for name in names:
-        values = [facts.get(name, float("nan")) for facts in rows.values()]
-        kinds = {type(value) for value in values}
-        columns[name] = pd.Series(values, index=list(rows), dtype=None if len(kinds) == 1 else object)
-    table = pd.DataFrame(columns)
-    table.insert(0, "arm", _arms(list(rows.values())))
-    return table
+    facts = [_run_facts(run.results) for run in runs]
+    table = pd.DataFrame(facts, index=[run.name for run in runs], dtype=object).infer_objects()
+    joined = frame.join(table, on="run")
+    joined.insert(1, "arm", joined["run"].map(dict(zip(table.index, _arms(facts), strict=True))))
+    return joined
 
 
 def _run_facts(results: Results) -> dict[str, Any]:
     settings, provenance = results.settings, results.provenance
+    given = provenance.get("config", {}).get("checkpoint") or provenance.get("checkpoint")
     subject: dict[str, Any] = {}
     for name in SUBJECT[1:]:
         value = settings.get(name)
@@ -218,7 +219,7 @@ def _run_facts(results: Results) -> dict[str, Any]:
     digest = settings.get("checkpoint_sha256")
     machine = provenance.get("machine", {})
     return {
-        "policy": _policy_name(provenance),
+        "policy": policy_name(Path(str(given))) if given else None,
         "checkpoint": digest and digest[:DIGEST_DIGITS],
         "decoder": provenance.get("decoder"),
         **{name: _plain(value) for name, value in subject.items()},
@@ -227,15 +228,6 @@ def _run_facts(results: Results) -> dict[str, Any]:
         **{f"version.{name}": version for name, version in provenance.get("versions", {}).items()},
         "machine": ", ".join(dict.fromkeys(machine.get("gpus") or [])) or machine.get("processor"),
     }
-
-
-def _policy_name(provenance: Mapping[str, Any]) -> str | None:
-    """Name of the training run, or of the published checkpoint, that was evaluated."""
-    given = provenance.get("config", {}).get("checkpoint") or provenance.get("checkpoint")
-    if not given:
-        return None
-    path = Path(str(given))
-    return {"policy": path.parent.name, "best": f"{path.parent.name}-best"}.get(path.name, path.name)
 
 
 def _chunk(episodes: Sequence[EpisodeResult]) -> int | None:

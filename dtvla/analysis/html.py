@@ -1,10 +1,9 @@
-"""The report as one HTML file that needs nothing else: tables, charts, films, and what was thought when.
+"""The report as one HTML file that needs nothing else: tables, figures, films, and what was thought when.
 
 The page is made by ``page/report.html.j2``. Everything that comes from results is escaped there, and the page's own
 policy forbids it to load or send anything.
 """
 
-import glob
 import os
 import sys
 from collections.abc import Sequence
@@ -12,30 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtvla.analysis.charts import DASHES, MARKERS
+from dtvla.analysis import sections
 from dtvla.analysis.exhibits import make_exhibits
-from dtvla.analysis.frames import check_poolable, say
-from dtvla.analysis.sections import (
-    arm_rows,
-    decisions_section,
-    differences_section,
-    facts_section,
-    p_words,
-    success_section,
-    thoughts_section,
-    training_section,
-)
+from dtvla.analysis.frames import check_poolable, decision_frame, say
 from dtvla.analysis.sources import Sources, find_sources
+from dtvla.analysis.thinking import check_hardware
 from dtvla.errors import UserError
 from dtvla.rollout.results import now, write_text
 from dtvla.sim.film import FRAMES_PER_SECOND
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-COLOURS = 6
-MARK = '<meta name="generator" content="dtvla report">'
-HEAD = 1000  # bytes of a page in which the mark stands
 
 
 @dataclass(frozen=True)
@@ -50,13 +36,9 @@ def write_html(cfg: "DictConfig") -> Path:
     """Write the page that `cfg` (``conf/report.yaml``) describes and print where it is.
 
     Raises:
-        UserError: a setting is wrong, a folder is missing or holds nothing, a file is damaged or is not overwritten.
+        UserError: a setting is wrong, a folder is missing or holds nothing, a file is damaged.
     """
-    from omegaconf import OmegaConf
-
     folders = [Path(str(folder)).expanduser() for folder in cfg.folders]
-    if not OmegaConf.is_missing(cfg, "run"):
-        folders = [Path(str(cfg.run)).expanduser(), *_matches(cfg.evaluations)]
     limits = Limits(_at_least_0("episodes", cfg.episodes), _at_least_0("films_mb", cfg.films_mb))
     sources = find_sources(folders, Path(str(cfg.paths.root)) / "evaluations")
     output = _output(cfg.output, folders)
@@ -80,13 +62,18 @@ def render(sources: Sources, title: str, limits: Limits, dataset: str | None = N
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    arms = sources.arms
-    exhibits = make_exhibits(arms, limits.episodes, round(limits.films_mb * 1e6))
-    warnings = [] if sources.frame is None else check_poolable(sources.frame)
-    difference = differences_section(sources)
-    if difference is None:  # else the comparison has said them
-        for sentence in warnings:
-            say(sentence)
+    warnings, results, measured = _evaluated(sources)
+    page: dict[str, Any] = {
+        "title": title,
+        "made": now().replace("T", " ").replace("+00:00", " UTC"),
+        "arms": sections.arm_rows(sources.arms),
+        "warnings": warnings,
+        "results": results,
+        "exhibits": make_exhibits(sources.arms, limits.episodes, round(limits.films_mb * 1e6)),
+        "measured": measured + [sections.training_section(run, dataset, sources.arms) for run in sources.trainings],
+        "behind": sections.facts_sections(sources.arms),
+        "frames_per_second": FRAMES_PER_SECOND,
+    }
     environment = Environment(
         loader=PackageLoader("dtvla.analysis", "page"),
         autoescape=True,
@@ -94,26 +81,23 @@ def render(sources: Sources, title: str, limits: Limits, dataset: str | None = N
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["p"] = p_words
-    page: dict[str, Any] = {
-        "title": title,
-        "made": now().replace("T", " ").replace("+00:00", " UTC"),
-        "arms": arm_rows(arms),
-        "warnings": warnings,
-        "success": success_section(arms),
-        "difference": difference,
-        "exhibits": exhibits,
-        "thoughts": thoughts_section(arms),
-        "decisions": decisions_section(arms),
-        "trainings": [training_section(run, dataset, arms) for run in sources.trainings],
-        "facts": facts_section(sources),
-        "markers": MARKERS,
-        "dashes": DASHES,
-        "colours": COLOURS,
-        "frames_per_second": FRAMES_PER_SECOND,
-    }
     text = environment.get_template("report.html.j2").render(page) + "\n"
     return text.encode("utf-8", "replace").decode("utf-8")  # half of a pair, as broken names hold, has no code
+
+
+def _evaluated(sources: Sources) -> tuple[list[str], list[sections.Section], list[sections.Section]]:
+    """What stands against comparing the arms, the sections of their success, and those of thoughts and latency."""
+    if sources.frame is None:
+        return [], [], []
+    decisions = decision_frame([run for arm in sources.arms for run in arm.runs])
+    warnings = check_poolable(sources.frame)
+    for sentence in warnings if len(sources.arms) == 1 else []:  # else the comparison says them
+        say(sentence)
+    success, *parts = sections.success_sections(sources.frame)
+    results = [success, sections.differences_section(sources.frame), *parts]
+    measured = [sections.thoughts_section(decisions), sections.latency_section(decisions)]
+    warnings += check_hardware(decisions[decisions["latency_ms"].notna()])
+    return warnings, [s for s in results if s], [s for s in measured if s]
 
 
 def _title(sources: Sources) -> str:
@@ -129,34 +113,15 @@ def _output(setting: Any, folders: Sequence[Path]) -> Path:
     """Where the page goes: as set, else into the folder that holds all others.
 
     Raises:
-        UserError: there is no such folder, or another file lies there.
+        UserError: there is no such folder.
     """
     if setting is not None:
-        path = Path(str(setting)).expanduser()
-    else:
-        homes = [str((folder if folder.is_dir() else folder.parent).resolve()) for folder in folders]
-        common = Path(os.path.commonpath(homes))
-        if common == Path(common.anchor):
-            raise UserError("output: the folders have no folder in common; choose output=FILE.html")
-        path = common / "report.html"
-    if path.exists() and (path.is_dir() or MARK.encode() not in path.read_bytes()[:HEAD]):
-        raise UserError(f"output: {path} is no report of dtvla and is not overwritten; choose another output=FILE.html")
-    return path
-
-
-def _matches(patterns: Any) -> list[Path]:
-    """Folders that the wildcards of ``evaluations`` stand for.
-
-    Raises:
-        UserError: nothing matches.
-    """
-    if patterns is None:
-        return []
-    words = [patterns] if isinstance(patterns, str) else [str(pattern) for pattern in patterns]
-    found = [Path(match) for word in words for match in sorted(glob.glob(str(Path(word).expanduser())))]
-    if not found:
-        raise UserError(f"evaluations: nothing matches {', '.join(words)}; run dtvla evaluate first")
-    return found
+        return Path(str(setting)).expanduser()
+    homes = [str((folder if folder.is_dir() else folder.parent).resolve()) for folder in folders]
+    common = Path(os.path.commonpath(homes))
+    if common == Path(common.anchor):
+        raise UserError("output: the folders have no folder in common; choose output=FILE.html")
+    return common / "report.html"
 
 
 def _at_least_0(name: str, setting: Any) -> Any:

@@ -5,20 +5,22 @@ it appears, so that no reader needs the colour. Figures are matplotlib's own: ch
 :func:`save_figure` writes PDF, SVG and PNG.
 """
 
-import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import io
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dtvla.analysis.tables import printable
 from dtvla.errors import UserError
+from dtvla.rollout.results import write_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
 
 # M. Okabe, K. Ito, "Color Universal Design" (2008), ordered so that neighbours differ in grey, too
@@ -35,16 +37,20 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
     "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "errorbar.capsize": 2.5,
     "legend.frameon": False,
     "legend.fontsize": 8,
     "hatch.linewidth": 0.6,
     "pdf.fonttype": 42,  # letters stay letters
     "svg.hashsalt": "dtvla",  # the same figure is the same file
     "savefig.dpi": 200,
+    "text.parse_math": False,  # names of arms and tasks are text
 }
 
 
-def _styled[**P](draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
+def in_style[**P](draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
     """Draw with the style of this module, whatever the notebook has set."""
 
     @wraps(draw)
@@ -66,20 +72,27 @@ class ArmStyle:
     hatch: str
     line: Any
 
+    @property
+    def area(self) -> dict[str, Any]:
+        """Settings of bars and boxes."""
+        return {"facecolor": self.colour + "B0", "edgecolor": INK, "hatch": self.hatch}
+
+    @property
+    def dots(self) -> dict[str, Any]:
+        """Settings of dots with intervals."""
+        edge = {"markeredgecolor": INK, "markeredgewidth": 0.6}
+        return {"fmt": self.marker, "color": self.colour, "markersize": 6, "elinewidth": 1.1, **edge}
+
 
 def arm_styles(arms: Sequence[str]) -> dict[str, ArmStyle]:
-    """A look for each arm, by its place.
-
-    Raises:
-        UserError: more arms than looks that can be told apart.
-    """
-    if len(arms) > len(COLOURS):
-        raise UserError(f"arms: found {len(arms)}; a figure shows {len(COLOURS)} at most; choose among them")
-    looks = map(ArmStyle, COLOURS, MARKERS, HATCHES, LINES)
-    return dict(zip(arms, looks, strict=False))
+    """A look for each arm, by its place; from the ninth on, colours come again with the marker of another."""
+    count = len(COLOURS)
+    shifted = [(place, (place + place // count) % count) for place in range(len(arms))]
+    looks = (ArmStyle(COLOURS[place % count], MARKERS[k], HATCHES[k], LINES[k]) for place, k in shifted)
+    return dict(zip(arms, looks, strict=True))
 
 
-@_styled
+@in_style
 def plot_success(rates: "pd.DataFrame", within: str | None = None) -> "Figure":
     """Success of each arm as a bar with its interval, in percent.
 
@@ -90,43 +103,28 @@ def plot_success(rates: "pd.DataFrame", within: str | None = None) -> "Figure":
     groups = [None] if within is None else list(dict.fromkeys(rates[within]))
     styles = arm_styles(_arms(rates))
     width = 0.82 / len(styles)
-    figure, axes = _figure(max(3.2, 1.2 + 0.55 * len(groups) * len(styles)), 3.0)
+    figure, axes = new_figure(max(3.2, 1.2 + 0.55 * len(groups) * len(styles)), 3.0)
     for number, (arm, style) in enumerate(styles.items()):
         rows = rates[rates["arm"] == arm]
         rows = rows if within is None else rows.set_index(within).reindex(groups)
         places = [g + (number - (len(styles) - 1) / 2) * width for g in range(len(groups))]
-        axes.bar(
-            places,
-            100 * rows["rate"],
-            0.92 * width,
-            yerr=_errors(rows).T,
-            label=arm,
-            facecolor=style.colour + "B0",
-            edgecolor=INK,
-            hatch=style.hatch,
-            error_kw={"elinewidth": 1.1, "capsize": 2.5, "ecolor": INK},
-        )
+        errors = {"yerr": _errors(rows), "error_kw": {"elinewidth": 1.1, "ecolor": INK}}
+        axes.bar(places, 100 * rows["rate"], 0.92 * width, label=arm, **errors, **style.area)
         for place, rate, high in zip(places, rows["rate"], rows["high"], strict=True):
             if isfinite(rate):
-                axes.annotate(
-                    f"{100 * rate:.1f}",
-                    (place, 100 * high),
-                    (0, 3),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=7.5,
-                )
+                above: Any = {"textcoords": "offset points", "xytext": (0, 3), "ha": "center"}
+                axes.annotate(f"{100 * rate:.1f}", (place, 100 * high), fontsize=7.5, **above)
     axes.set_ylim(0, 100)
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("success, %, with 95 % interval")
-    axes.set_xticks(range(len(groups)), ["" if g is None else str(g) for g in groups])
+    axes.set_xticks(range(len(groups)), ["" if g is None else printable(str(g)) for g in groups])
     axes.tick_params(axis="x", length=0)
-    axes.grid(axis="y", alpha=0.3, linewidth=0.6)
-    _legend(figure, axes)
+    axes.grid(axis="y")
+    legend_above(figure, axes)
     return figure
 
 
-@_styled
+@in_style
 def plot_tasks(rates: "pd.DataFrame") -> "Figure":
     """Success of each arm in each task as a dot with its interval, in percent, a row for each task.
 
@@ -134,42 +132,25 @@ def plot_tasks(rates: "pd.DataFrame") -> "Figure":
         rates: of :func:`dtvla.analysis.ablation.success`, grouped by ``arm``, ``suite``, ``task_id`` and ``task``.
     """
     tasks = list(dict.fromkeys(zip(rates["suite"], rates["task_id"], rates["task"], strict=True)))
+    one_suite = rates["suite"].nunique() == 1
     styles = arm_styles(_arms(rates))
-    figure, axes = _figure(7.0, 1.0 + (0.22 + 0.11 * len(styles)) * len(tasks))
+    figure, axes = new_figure(5.4, 1.0 + (0.22 + 0.11 * len(styles)) * len(tasks))
     places = {task[:2]: place for place, task in enumerate(tasks)}
     for number, (arm, style) in enumerate(styles.items()):
         rows = rates[rates["arm"] == arm]
         shift = (number - (len(styles) - 1) / 2) * 0.64 / len(styles)
         heights = [places[key] + shift for key in zip(rows["suite"], rows["task_id"], strict=True)]
-        axes.errorbar(
-            100 * rows["rate"],
-            heights,
-            xerr=_errors(rows).T,
-            fmt=style.marker,
-            color=style.colour,
-            markeredgecolor=INK,
-            markeredgewidth=0.6,
-            markersize=5.5,
-            elinewidth=1.0,
-            label=arm,
-        )
-    suites = {suite for suite, _, _ in tasks}
-    names = [
-        f"{number}: {words}" if len(suites) == 1 else f"{suite} {number}: {words}" for suite, number, words in tasks
-    ]
-    axes.set_yticks(range(len(tasks)), [_wrapped(name, 44) for name in names], fontsize=8)
-    axes.set_ylim(len(tasks) - 0.5, -0.5)
+        axes.errorbar(100 * rows["rate"], heights, xerr=_errors(rows), label=arm, capsize=0, **style.dots)
+    _name_rows(axes, [f"{k}: {words}" if one_suite else f"{suite} {k}: {words}" for suite, k, words in tasks])
     axes.set_xlim(-3, 103)
     axes.set_xlabel("success, %, with 95 % interval")
-    axes.grid(axis="x", alpha=0.3, linewidth=0.6)
-    axes.tick_params(axis="y", length=0)
     for place in range(1, len(tasks)):
         axes.axhline(place - 0.5, color=GREY, alpha=0.2, linewidth=0.5)
-    _legend(figure, axes)
+    legend_above(figure, axes)
     return figure
 
 
-@_styled
+@in_style
 def plot_differences(compared: "pd.DataFrame", arms: Sequence[str] = ()) -> "Figure":
     """Differences from the baseline with their intervals, in percentage points; filled where Holm's p is below 0.05.
 
@@ -178,80 +159,54 @@ def plot_differences(compared: "pd.DataFrame", arms: Sequence[str] = ()) -> "Fig
         arms: all arms in the order of the other figures, so that they look the same here; none: the baseline first.
     """
     parts = list(compared.columns[: list(compared.columns).index("arm")])
-    styles = arm_styles(list(dict.fromkeys([*arms, compared["baseline"].iloc[0], *_arms(compared)])))
-    figure, axes = _figure(5.6, 1.0 + 0.36 * len(compared))
-    names = []
+    baseline = compared["baseline"].iloc[0]
+    styles = arm_styles(list(dict.fromkeys([*arms, baseline, *_arms(compared)])))
+    figure, axes = new_figure(4.8, 1.0 + 0.36 * len(compared))
+    errors = _errors(compared.assign(rate=compared["difference"]))
     for place, row in enumerate(compared.to_dict("records")):
         style = styles[row["arm"]]
-        value, low, high = (100 * row[name] for name in ("difference", "low", "high"))
-        axes.errorbar(
-            value,
-            place,
-            xerr=[[value - low], [high - value]],
-            fmt=style.marker,
-            color=style.colour,
-            markerfacecolor=style.colour if row["p_holm"] < 0.05 else "white",
-            markeredgecolor=INK,
-            markersize=7,
-            elinewidth=1.4,
-            capsize=3,
-        )
-        names.append(", ".join([*(str(row[part]) for part in parts), row["arm"]]))
+        face = style.colour if row["p_holm"] < 0.05 else "white"
+        ends = errors[:, [place]]
+        axes.errorbar(100 * row["difference"], place, xerr=ends, markerfacecolor=face, **style.dots)
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_yticks(range(len(names)), [_wrapped(name, 40) for name in names])
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    _name_rows(axes, compared[[*parts, "arm"]].astype(str).agg(", ".join, axis=1))
     axes.set_xlabel("difference, percentage points")
-    _note(axes, f"against {compared['baseline'].iloc[0]}; 95 % intervals; filled: p < 0.05 after Holm's correction")
-    axes.grid(axis="x", alpha=0.3, linewidth=0.6)
+    _note(axes, f"against {baseline}; 95 % intervals; filled: p < 0.05 after Holm's correction")
     return figure
 
 
-@_styled
+@in_style
 def plot_latency(decisions: "pd.DataFrame") -> "Figure":
     """How long decisions took: a box from quartile to quartile for each arm, whiskers to the 1st and 99th percentile.
 
     Args:
         decisions: of :func:`dtvla.analysis.frames.decision_frame`.
     """
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
     timed = decisions[decisions["latency_ms"].notna()]
     if timed.empty:
         raise UserError("latency: no decision was timed; evaluate with this dtvla")
     styles = arm_styles(_arms(timed))
-    times = [timed.loc[timed["arm"] == arm, "latency_ms"].to_numpy() for arm in styles]
-    figure, axes = _figure(5.6, 1.0 + 0.42 * len(styles))
-    boxes = axes.boxplot(
-        times,
-        orientation="horizontal",
-        whis=(1, 99),
-        widths=0.6,
-        showfliers=False,
-        patch_artist=True,
-        medianprops={"color": INK, "linewidth": 2},
-    )
+    times = [timed.loc[timed["arm"] == arm, "latency_ms"] for arm in styles]
+    figure, axes = new_figure(4.8, 1.0 + 0.42 * len(styles))
+    shape: Any = {"whis": (1, 99), "widths": 0.6, "showfliers": False, "patch_artist": True}
+    middle = {"color": INK, "linewidth": 2}
+    boxes = axes.boxplot(times, positions=range(len(times)), orientation="horizontal", medianprops=middle, **shape)
     for box, style in zip(boxes["boxes"], styles.values(), strict=True):
-        box.set(facecolor=style.colour + "B0", edgecolor=INK, hatch=style.hatch)
-    for place, values in enumerate(times, start=1):
-        middle = float(sorted(values)[len(values) // 2])
-        axes.annotate(f"{middle:.3g} ms", (middle, place - 0.42), ha="center", fontsize=7.5)
-    axes.set_yticks(range(1, len(styles) + 1), [_wrapped(arm, 40) for arm in styles])
-    axes.invert_yaxis()
+        box.set(**style.area)
+    for place, values in enumerate(times):
+        axes.annotate(f"{values.median():.3g} ms", (values.median(), place - 0.42), ha="center", fontsize=7.5)
+    _name_rows(axes, styles)
     low, high = timed["latency_ms"].quantile([0.01, 0.99])
     if high > 10 * low > 0:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
+        logarithmic(axes.xaxis)
     else:
         axes.set_xlim(left=0)
     axes.set_xlabel("ms per decision")
     _note(axes, "median, quartiles, 1st and 99th percentile")
-    axes.grid(axis="x", alpha=0.3, linewidth=0.6)
     return figure
 
 
-@_styled
+@in_style
 def plot_over_time(course: "pd.DataFrame", unit: str = "tokens of a thought") -> "Figure":
     """A number of the decisions during the episode: the mean as a line, between the quartiles a pale band.
 
@@ -260,7 +215,7 @@ def plot_over_time(course: "pd.DataFrame", unit: str = "tokens of a thought") ->
         unit: what is drawn, for the axis.
     """
     styles = arm_styles(_arms(course))
-    figure, axes = _figure(5.6, 3.0)
+    figure, axes = new_figure(4.8, 3.0)
     for arm, style in styles.items():
         rows = course[course["arm"] == arm]
         axes.plot(
@@ -279,8 +234,8 @@ def plot_over_time(course: "pd.DataFrame", unit: str = "tokens of a thought") ->
     axes.set_ylabel(f"{unit}, mean and quartiles")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.3, linewidth=0.6)
-    _legend(figure, axes)
+    axes.grid()
+    legend_above(figure, axes)
     return figure
 
 
@@ -293,39 +248,55 @@ def save_figure(figure: "Figure", stem: Path | str, formats: Sequence[str] = FOR
     Raises:
         UserError: an unknown format, or the folder cannot be written.
     """
-    from matplotlib import rc_context
-
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown:
-        raise UserError(f"formats: found {unknown[0]}; use some of {', '.join(FORMATS)}")
-    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
     written = []
     for name in formats:
         path = Path(f"{stem}.{name}").expanduser()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with rc_context(_STYLE):
-                figure.savefig(temporary, format=name, metadata=undated[name])
-            os.replace(temporary, path)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"output: {path} cannot be written ({error.strerror}); free space or choose another folder"
-            ) from error
+        write_bytes(path, figure_bytes(figure, name))
         written.append(path)
     return written
 
 
-def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
+def figure_bytes(figure: "Figure", kind: str) -> bytes:
+    """The figure as the content of a ``pdf``, ``svg`` or ``png`` file, without a date.
+
+    Raises:
+        UserError: an unknown format.
+    """
+    from matplotlib import rc_context
+
+    if kind not in FORMATS:
+        raise UserError(f"formats: found {kind}; use some of {', '.join(FORMATS)}")
+    content = io.BytesIO()
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    with rc_context(_STYLE):
+        figure.savefig(content, format=kind, metadata=undated.get(kind))
+    return content.getvalue()
+
+
+def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    """An :func:`empty_figure` with axes."""
+    figure = empty_figure(width, height)
+    return figure, figure.add_subplot()
+
+
+def empty_figure(width: float, height: float) -> "Figure":
     """A figure of so many inches that needs no display and leaves no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure
+
+
+def logarithmic(axis: "XAxis | YAxis") -> None:
+    """Make an axis logarithmic, with plain numbers at 1, 2, 5, 10, ..."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _arms(frame: "pd.DataFrame") -> list[str]:
@@ -333,13 +304,22 @@ def _arms(frame: "pd.DataFrame") -> list[str]:
 
 
 def _errors(rows: "pd.DataFrame") -> Any:
-    """Percentage points (N, 2) from the rate down to the lower and up to the upper end of its interval."""
+    """Percentage points (2, N) from the rate down to the lower and up to the upper end of its interval."""
     import numpy as np
 
-    return 100 * np.stack([rows["rate"] - rows["low"], rows["high"] - rows["rate"]], axis=1).clip(min=0)
+    return 100 * np.stack([rows["rate"] - rows["low"], rows["high"] - rows["rate"]]).clip(min=0)
 
 
-def _legend(figure: "Figure", axes: "Axes") -> None:
+def _name_rows(axes: "Axes", names: Iterable[str]) -> None:
+    """Name the rows at heights 0, 1, ..., the first above."""
+    wrapped = [_wrapped(name, 34) for name in names]
+    axes.set_yticks(range(len(wrapped)), wrapped, fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(wrapped) - 0.5, -0.5)
+    axes.grid(axis="x")
+
+
+def legend_above(figure: "Figure", axes: "Axes") -> None:
     """The arms above the plot, as many in a row as there is room for; what they need is added to the height."""
     handles, labels = axes.get_legend_handles_labels()
     letters = int(15 * figure.get_figwidth())  # of 8 points; a handle with its gaps takes the room of ten
@@ -352,10 +332,10 @@ def _legend(figure: "Figure", axes: "Axes") -> None:
 
 def _note(axes: "Axes", text: str) -> None:
     """How to read the plot, above its right end."""
-    axes.set_title(_wrapped(text, 64), fontsize=8, color=GREY, loc="right")
+    axes.set_title(_wrapped(text, 52), fontsize=8, color=GREY, loc="right")
 
 
 def _wrapped(text: str, width: int) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(text, width)) or text
+    return "\n".join(textwrap.wrap(printable(text), width))

@@ -2,23 +2,20 @@
 
 import glob
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtvla.analysis.curves import draw_curves, read_metrics
+from dtvla.analysis.frames import Run, mode_place, read_runs
 from dtvla.analysis.strip import draw_strip, read_pictures
-from dtvla.analysis.tables import duration, facts_table, markdown_table, percent_interval, success_bars
+from dtvla.analysis.tables import duration, facts_table, markdown_table, percent_interval, ranges, success_bars
 from dtvla.errors import UserError
-from dtvla.rollout.journal import RUN_FILE
-from dtvla.rollout.results import RESULTS_FILE, EpisodeResult, Results, read_results, write_text
+from dtvla.rollout.results import RESULTS_FILE, EpisodeResult, write_text
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-MODE_ORDER = ("think", "mask", "random", "shuffle", "given", "none")
 MODE_WORDS = {
     "think": "the policy writes its own thought and acts on it",
     "mask": "the thought is left empty",
@@ -27,19 +24,6 @@ MODE_WORDS = {
     "given": "the thought is given",
     "none": "trained and run without thoughts",
 }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One results folder."""
-
-    folder: Path
-    results: Results
-
-    @property
-    def mode(self) -> str:
-        """What happened to the thought."""
-        return str(self.results.settings["cot"]["mode"])
 
 
 def write_report(cfg: "DictConfig") -> Path:
@@ -51,7 +35,7 @@ def write_report(cfg: "DictConfig") -> Path:
     from omegaconf import OmegaConf
 
     if OmegaConf.is_missing(cfg, "run"):
-        raise UserError("run: none was given; add run=FOLDER, the folder of a training run")
+        raise UserError("run: none was given; name folders, dtvla report FOLDER..., or add run=FOLDER")
     run = Path(str(cfg.run)).expanduser()
     if not run.is_dir():
         raise UserError(f"run: {run} is not a folder; give the folder of a training run")
@@ -74,30 +58,21 @@ def write_report(cfg: "DictConfig") -> Path:
     return output
 
 
-def load_evaluations(patterns: Sequence[str] | str) -> list[Evaluation]:
+def load_evaluations(patterns: Sequence[str] | str) -> list[Run]:
     """Read the results in all folders (or files) that match; ordered think, mask, random, ...
 
     Raises:
         UserError: nothing matches, or a results file is damaged.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    folders: dict[Path, None] = {}
-    for pattern in patterns:
-        for match in sorted(glob.glob(str(Path(pattern).expanduser()))):
-            path = Path(match)
-            folder = path.parent if path.name == RESULTS_FILE else path
-            if (folder / RESULTS_FILE).is_file():
-                folders[folder] = None
-            elif (folder / RUN_FILE).is_file():
-                print(f"{folder} is not finished and left out; the same dtvla evaluate continues it", file=sys.stderr)
+    matches = [Path(match) for pattern in patterns for match in sorted(glob.glob(str(Path(pattern).expanduser())))]
+    folders = [path for path in matches if path.is_dir() or path.name == RESULTS_FILE]
     if not folders:
         raise UserError(f"evaluations: no {RESULTS_FILE} in {', '.join(patterns)}; run dtvla evaluate first")
-    found = [Evaluation(folder, read_results(folder)) for folder in folders]
-    known = {mode: place for place, mode in enumerate(MODE_ORDER)}
-    return sorted(found, key=lambda e: known.get(e.mode, len(known)))
+    return sorted(read_runs(folders), key=mode_place)
 
 
-def _results_section(evaluations: Sequence[Evaluation], base: Path) -> str:
+def _results_section(evaluations: Sequence[Run], base: Path) -> str:
     rows = []
     for evaluation in evaluations:
         results = evaluation.results
@@ -139,27 +114,27 @@ def _results_section(evaluations: Sequence[Evaluation], base: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _differences(evaluations: Sequence[Evaluation]) -> list[str]:
+def _differences(evaluations: Sequence[Run]) -> list[str]:
     """Settings other than the thought mode in which the evaluations are not alike."""
     names = dict.fromkeys(name for v in evaluations for name in v.results.settings if name != "cot")
     first = evaluations[0].results.settings
     return [n.replace("_", " ") for n in names if any(v.results.settings.get(n) != first.get(n) for v in evaluations)]
 
 
-def _task_table(evaluations: Sequence[Evaluation]) -> str:
+def _task_table(evaluations: Sequence[Run]) -> str:
     keys = dict.fromkeys(key for v in evaluations for key in v.results.by_task())
     by_mode = [v.results.by_task() for v in evaluations]
     rows = [[suite, str(task), *(str(rates.get((suite, task), "-")) for rates in by_mode)] for suite, task in keys]
     return markdown_table(["suite", "task", *(v.mode for v in evaluations)], rows)
 
 
-def _strip_section(evaluations: Sequence[Evaluation], base: Path) -> str:
+def _strip_section(evaluations: Sequence[Run], base: Path) -> str:
     """A strip of the first filmed episode: one with thoughts and solved, when there is one."""
     filmed = [(v, e) for v in evaluations for e in v.results.episodes if e.video and e.thoughts]
     if not filmed:
         return ""
 
-    def rank(pair: tuple[Evaluation, EpisodeResult]) -> tuple[bool, bool]:
+    def rank(pair: tuple[Run, EpisodeResult]) -> tuple[bool, bool]:
         return not any(thought.text for thought in pair[1].thoughts), not pair[1].success
 
     evaluation, episode = min(filmed, key=rank)
@@ -183,7 +158,7 @@ def _training_section(run: Path, curves: Path | None, base: Path) -> str:
     return "\n\n".join(parts) if len(parts) > 1 else ""
 
 
-def _collection_section(dataset: Path | None, evaluations: Sequence[Evaluation]) -> str:
+def _collection_section(dataset: Path | None, evaluations: Sequence[Run]) -> str:
     facts = collection_facts(dataset)
     if not facts:
         return ""
@@ -198,18 +173,22 @@ def _collection_section(dataset: Path | None, evaluations: Sequence[Evaluation])
         "init states": ranges(used),
     }
     parts = ["## Demonstrations", facts_table(rows)]
-    tested = {i for v in evaluations for i in v.results.settings.get("init_states", [])}
-    if used and tested:
-        shared = sorted(tested & set(used))
-        parts.append(
-            f"**Init states {ranges(shared)} are in the demonstrations and in the evaluation.**"
-            if shared
-            else "No init state of the evaluation is in the demonstrations."
-        )
+    parts += [f"**{sentence}**" for sentence in shared_states(used, evaluations)]
     return "\n\n".join(parts)
 
 
-def _repeat_section(run: Path, dataset: Path | None, evaluations: Sequence[Evaluation]) -> str:
+def shared_states(trained: Sequence[int], evaluations: Sequence[Run]) -> list[str]:
+    """Whether init states of the evaluations are in the demonstrations, a sentence; none when it is not known."""
+    tested = {i for v in evaluations for i in v.results.settings.get("init_states") or []}
+    if not trained or not tested:
+        return []
+    shared = sorted(tested & set(trained))
+    if shared:
+        return [f"Init states {ranges(shared)} are in the demonstrations and in the evaluation."]
+    return ["No init state of the evaluation is in the demonstrations."]
+
+
+def _repeat_section(run: Path, dataset: Path | None, evaluations: Sequence[Run]) -> str:
     phases = [("collect", collection_facts(dataset)), ("train", read_facts(run / "result.json"))]
     phases += [(f"evaluate ({v.mode}{_part(v)})", v.results.provenance) for v in evaluations]
     times = [(name, seconds) for name, facts in phases if (seconds := phase_seconds(facts)) is not None]
@@ -224,7 +203,7 @@ def _repeat_section(run: Path, dataset: Path | None, evaluations: Sequence[Evalu
     return "\n\n".join(parts) if len(parts) > 1 else ""
 
 
-def _part(evaluation: Evaluation) -> str:
+def _part(evaluation: Run) -> str:
     """What the seconds of an evaluation that was taken up again stand for."""
     return ", since it was resumed" if evaluation.results.provenance.get("resumed") else ""
 
@@ -241,7 +220,7 @@ def collection_facts(dataset: Path | None) -> dict[str, Any]:
     return read_facts(dataset / "meta" / "collection.json") if dataset else {}
 
 
-def _machine_section(evaluations: Sequence[Evaluation]) -> str:
+def _machine_section(evaluations: Sequence[Run]) -> str:
     provenance = evaluations[0].results.provenance
     facts = {**provenance.get("machine", {}), **provenance.get("versions", {})}
     return f"## Machine and versions\n\n{facts_table(facts)}" if facts else ""
@@ -280,14 +259,3 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 def _link(path: Path, base: Path) -> str:
     return Path(path.resolve()).relative_to(base.resolve(), walk_up=True).as_posix()
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Integers in words, runs joined: 0-9, 12."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in parts)

@@ -1,4 +1,4 @@
-"""Uncertainty by resampling and by exchange, for outcomes that come in clusters."""
+"""Uncertainty of outcomes that come in clusters, by resampling and by exchange; and of several tests at once."""
 
 from collections.abc import Sequence
 
@@ -64,3 +64,16 @@ def flip_test(differences: Sequence[int]) -> float:
     observed = abs(sum(int(d) for d in differences))
     extreme = np.abs(np.arange(-reach, reach + 1)) >= observed
     return min(1.0, float(chances[extreme].sum()))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (S. Holm, Scandinavian Journal of Statistics 6, 1979), in the given order.
+
+    The chance of even one false alarm among all of them stays below the level they are held against, however the
+    tests depend on each other.
+    """
+    order = np.argsort(p_values)
+    factors = np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.maximum.accumulate(np.asarray(p_values)[order] * factors).clip(max=1.0)
+    return [float(p) for p in corrected]

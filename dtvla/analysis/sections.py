@@ -1,153 +1,188 @@
-"""The sections of an HTML report as plain values, ready for its template."""
+"""The sections of an HTML report: words, figures and tables, ready for its template."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from dtvla.analysis.ablation import compare_arms
+from dtvla.analysis.ablation import compare_arms, success_rates
 from dtvla.analysis.agreement import agreement
-from dtvla.analysis.charts import Series, Value, curves_plot, dot_plot, line_plot, thin
-from dtvla.analysis.curves import PANELS, read_metrics
-from dtvla.analysis.frames import decision_frame
-from dtvla.analysis.intervals import Rate
-from dtvla.analysis.report import MODE_WORDS, collection_facts, dataset_folder, phase_seconds, ranges, read_facts
-from dtvla.analysis.sources import METRICS_FILE, Arm, Sources
-from dtvla.analysis.tables import duration
-from dtvla.analysis.thinking import over_time
+from dtvla.analysis.curves import PANELS, plot_curves, read_metrics
+from dtvla.analysis.frames import KEY
+from dtvla.analysis.plots import (
+    figure_bytes,
+    plot_differences,
+    plot_latency,
+    plot_over_time,
+    plot_success,
+    plot_tasks,
+)
+from dtvla.analysis.report import MODE_WORDS, collection_facts, dataset_folder, phase_seconds, read_facts, shared_states
+from dtvla.analysis.sources import METRICS_FILE, Arm
+from dtvla.analysis.tables import duration, known_facts, number_columns
+from dtvla.analysis.tabulate import crossed_success_table, difference_table, number_table, p_value, success_table
+from dtvla.analysis.thinking import latency_quantiles, over_time, thought_lengths
 from dtvla.errors import UserError
-from dtvla.rollout.results import rate_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
-Section = dict[str, Any]
 SIGNIFICANT = 0.05
+PIXELS_PER_INCH = 96  # CSS's definition
+LEAST_SCALE = 0.8  # figures become no smaller than this on a phone, where they can be scrolled instead
+QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 
-def arm_rows(arms: Sequence[Arm]) -> list[Section]:
-    """Name, size and meaning of every arm; a mode of thought is explained."""
+@dataclass(frozen=True)
+class Table:
+    """Cells of text; `numbers` are the columns that stand to the right."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+    @property
+    def numbers(self) -> list[bool]:
+        """For each column whether it holds numbers."""
+        return number_columns(self.header, self.rows)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as the address of an SVG that holds it, the words for those who do not see it, and pixels."""
+
+    address: str
+    words: str
+    least_width: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page: sentences, pictures and tables below a heading, and a note on how to read them.
+
+    Attributes:
+        name: its address in the page.
+        title: its heading.
+        sentences: what is found.
+        pictures: figures.
+        tables: shown below them.
+        note: how to read them.
+        command: what repeats it, or None.
+        facts: names and values.
+    """
+
+    name: str
+    title: str
+    sentences: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    note: str = ""
+    command: str | None = None
+    facts: list[tuple[str, str]] = field(default_factory=list)
+
+
+def picture(figure: "Figure", words: str) -> Picture:
+    """The figure, ready for the page."""
+    content = base64.b64encode(figure_bytes(figure, "svg")).decode()
+    width = round(LEAST_SCALE * PIXELS_PER_INCH * figure.get_figwidth())
+    return Picture(f"data:image/svg+xml;base64,{content}", words, width)
+
+
+def arm_rows(arms: Sequence[Arm]) -> list[tuple[str, int, str]]:
+    """Name, number of episodes and meaning of every arm; a mode of thought is explained."""
     rows = []
     for arm in arms:
-        modes = {str(run.results.settings.get("cot", {}).get("mode")) for run in arm.runs}
+        modes = {run.mode for run in arm.runs}
         words = MODE_WORDS.get(modes.pop(), "") if len(modes) == 1 else ""
-        rows.append({"name": arm.name, "words": words, "episodes": len(arm.episodes)})
+        rows.append((arm.name, len(arm.episodes), words))
     return rows
 
 
-def success_section(arms: Sequence[Arm]) -> Section | None:
-    """Success of the arms: in all, by suite where there are several, and by task; None without episodes."""
-    if not arms:
-        return None
-    totals = [rate_of(episode for _, episode in arm.episodes) for arm in arms]
-    suites = dict.fromkeys(e.suite for arm in arms for _, e in arm.episodes)
-    tasks = dict.fromkeys((e.suite, e.task_id) for arm in arms for _, e in arm.episodes)
-    words = {(e.suite, e.task_id): e.instruction for arm in reversed(arms) for _, e in arm.episodes}
-    by_suite = [(suite, _rates(arms, lambda e, suite=suite: e.suite == suite)) for suite in suites]
-    by_task = [
-        (
-            (f"{suite} {number}" if len(suites) > 1 else str(number)) + f": {words[suite, number]}",
-            _rates(arms, lambda e, task=(suite, number): (e.suite, e.task_id) == task),
+def success_sections(frame: "pd.DataFrame") -> list[Section]:
+    """Success of the arms: in all, by suite where there are several, and by task."""
+    totals = success_rates(frame, ["arm"])
+    tasks = success_rates(frame, ["suite", "task_id", "task", "arm"])
+    found = [
+        Section(
+            "success",
+            "Success in LIBERO",
+            pictures=[picture(plot_success(totals), "success of every arm")],
+            tables=[Table(*success_table(totals))],
+            note="Intervals are Wilson's.",
         )
-        for suite, number in tasks
     ]
-    solved = [[e.steps for _, e in arm.episodes if e.success] for arm in arms]
-    return {
-        "plot": dot_plot(
-            [(arm.name, [_share(i, rate)]) for i, (arm, rate) in enumerate(zip(arms, totals, strict=True))],
-            (0, 100),
-            unit="%",
-        ),
-        "totals": totals,
-        "steps": [f"{fmean(steps):.0f}" if steps else "–" for steps in solved],
-        "suites": by_suite if len(suites) > 1 else [],
-        "suite_plot": _share_plot(by_suite) if len(suites) > 1 else None,
-        "tasks": by_task,
-        "task_plot": _share_plot(by_task) if len(tasks) > 1 else None,
-    }
+    if frame["suite"].nunique() > 1:
+        suites = success_rates(frame, ["suite", "arm"])
+        drawn = picture(plot_success(suites, "suite"), "success of every arm in every suite")
+        found.append(Section("suites", "By suite", [], [drawn], [Table(*crossed_success_table(suites, "arm"))]))
+    drawn = picture(plot_tasks(tasks), "success of every arm in every task")
+    found.append(Section("tasks", "By task", [], [drawn], [Table(*crossed_success_table(tasks, "arm"))]))
+    return found
 
 
-def differences_section(sources: Sources) -> Section | None:
+def differences_section(frame: "pd.DataFrame") -> Section | None:
     """Every arm against the first one, pair by pair; None when there is but one arm.
 
     Arms that share no episode with the first one, and episodes that stand twice, are named instead of compared.
     """
-    arms = sources.arms
-    if len(arms) < 2 or sources.frame is None:
+    arms = list(dict.fromkeys(frame["arm"]))
+    if len(arms) < 2:
         return None
-    first = arms[0].outcomes().keys()
-    strangers = [arm.name for arm in arms[1:] if not first & arm.outcomes().keys()]
-    notes = [f"{name} has no episode in common with {arms[0].name} and is not compared with it." for name in strangers]
-    rows: list[Section] = []
-    frame = sources.frame[~sources.frame["arm"].isin(strangers)]
-    if frame["arm"].nunique() > 1:
-        try:
-            rows = compare_arms(frame, arms[0].name).to_dict("records")
-        except UserError as error:
-            notes.append(f"Not compared: {error}")
-    number = {arm.name: place for place, arm in enumerate(arms)}
-    marks = [
-        (row["arm"], [_percent_value(number[row["arm"]], row["difference"], row["newcombe_low"], row["newcombe_high"])])
-        for row in rows
-    ]
-    return {
-        "baseline": arms[0].name,
-        "rows": rows,
-        "notes": notes,
-        "verdicts": [_verdict(row, several=len(rows) > 1) for row in rows],
-        "plot": dot_plot(marks, least=(-10, 10), unit="points") if rows else None,
-    }
+    title = f"Differences from {arms[0]}, pair by pair"
+    keys = {arm: set(rows[KEY].itertuples(index=False, name=None)) for arm, rows in frame.groupby("arm", sort=False)}
+    strangers = [arm for arm in arms if not keys[arms[0]] & keys[arm]]
+    said = [f"{arm} has no episode in common with {arms[0]} and is not compared with it." for arm in strangers]
+    shared = frame[~frame["arm"].isin(strangers)]
+    if shared["arm"].nunique() < 2:
+        return Section("differences", title, said)
+    try:
+        compared = compare_arms(shared, arms[0])
+    except UserError as error:
+        return Section("differences", title, [*said, f"Not compared: {error}"])
+    return Section(
+        "differences",
+        title,
+        said + [_verdict(row) for row in compared.to_dict("records")],
+        [picture(plot_differences(compared, arms), f"differences from {arms[0]} with their intervals")],
+        [Table(*difference_table(compared))],
+        "Differences in percentage points. Intervals come from the paired bootstrap, stratified by task, and have no "
+        "width when all pairs agree. lost:won are the pairs that only the baseline, and only the arm, solved; p is "
+        "McNemar's, exact, with the seeds of an init state taken together, and Holm's correction is for all rows.",
+    )
 
 
-def thoughts_section(arms: Sequence[Arm]) -> Section | None:
-    """Length of the thoughts that the policies wrote, over the steps of an episode; None when they wrote none."""
-    rows = []
-    for arm in arms:
-        thoughts = [t for _, e in arm.episodes for t in e.thoughts if t.tokens]
-        if not thoughts:
-            continue
-        tokens = [t.tokens for t in thoughts]
-        after = [(a.text, b.text) for _, e in arm.episodes for a, b in pairwise(e.thoughts)]
-        forwards = sum(t.forwards for t in thoughts)
-        rows.append(
-            {
-                "name": arm.name,
-                "thoughts": len(thoughts),
-                "mean": fmean(tokens),
-                "quantiles": [round(q) for q in np.quantile(tokens, (0.1, 0.5, 0.9))],
-                "changed": fmean(a != b for a, b in after) if after else None,
-                "truncated": fmean(t.truncated for t in thoughts),
-                "per_pass": sum(tokens) / forwards if forwards else None,
-            }
+def thoughts_section(decisions: "pd.DataFrame") -> Section | None:
+    """Length of the thoughts that the policies wrote, and their agreement with the action; None when none was."""
+    written = decisions[decisions["tokens"] > 0]
+    if written.empty:
+        return None
+    course = over_time(written)
+    pictures = [] if course.empty else [picture(plot_over_time(course), "length of thoughts over the episode")]
+    note = "Only episodes that are not yet solved reach the late steps; those that fewer than 5 reached are not drawn."
+    tables = [Table(*number_table(thought_lengths(written, quantiles=QUANTILES[:3]), 1))]
+    agreed = _agreement(decisions)
+    if agreed:
+        tables.append(agreed)
+        note += (
+            " Agreement: of the decisions whose thought speaks of the gripper, those whose command is what it says. "
+            "The fingers lag behind the command, so that agreement about the gripper now is a lower bound."
         )
-    if not rows:
+    return Section("thoughts", "Thoughts over time", [], pictures, tables, note)
+
+
+def latency_section(decisions: "pd.DataFrame") -> Section | None:
+    """How long a decision took; None when none was timed."""
+    timed = decisions[decisions["latency_ms"].notna()]
+    if timed.empty:
         return None
-    decisions = decision_frame([run for arm in arms for run in arm.runs])
-    lines = _length_over_time(decisions, {arm.name: number for number, arm in enumerate(arms)}, rows)
-    plot = line_plot("thought length", "tokens: mean, and the middle half", lines) if lines else None
-    return {"rows": rows, "plot": plot, "agreement": _agreement(decisions)}
-
-
-def decisions_section(arms: Sequence[Arm]) -> Section | None:
-    """Seconds that a decision took; None when none was timed."""
-    rows, marks = [], []
-    for number, arm in enumerate(arms):
-        times = [1000 * s for _, e in arm.episodes for s in e.latency]
-        if not times:
-            continue
-        low, middle, high, highest = np.quantile(times, (0.1, 0.5, 0.9, 0.99)).tolist()
-        machines = dict.fromkeys(_machine(run.results.provenance) for run in arm.runs)
-        rows.append(
-            {
-                "arm": number, "name": arm.name, "count": len(times), "low": low, "median": middle, "high": high,
-                "highest": highest, "machine": "; ".join(m for m in machines if m) or "–",
-            }
-        )  # fmt: skip
-        marks.append((arm.name, [Value(number, middle, low, high, f"{middle:.0f} ms")]))
-    return {"rows": rows, "plot": dot_plot(marks, unit="ms")} if rows else None
+    return Section(
+        "latency",
+        "Time of a decision",
+        pictures=[picture(plot_latency(timed), "milliseconds of a decision in every arm")],
+        tables=[Table(*number_table(latency_quantiles(timed, quantiles=QUANTILES), 0))],
+        note="A batched decision counts in full for each of its episodes.",
+    )
 
 
 def training_section(run: Path, dataset: str | None, arms: Sequence[Arm]) -> Section:
@@ -157,142 +192,70 @@ def training_section(run: Path, dataset: str | None, arms: Sequence[Arm]) -> Sec
         UserError: a file of the run is damaged, or the dataset is none.
     """
     series = read_metrics(run / METRICS_FILE)
-    folder = dataset_folder(run, dataset)
     facts = read_facts(run / "result.json")
-    collected = collection_facts(folder)
+    collected = collection_facts(dataset_folder(run, dataset))
     request = collected.get("request", {})
-    used = request.get("init_states") or []
-    tested = {i for arm in arms for r in arm.runs for i in r.results.settings.get("init_states") or []}
-    seconds = phase_seconds(facts)
-    return {
-        "name": run.name,
-        "plots": [plot for panel in PANELS if (plot := curves_plot(panel, series)) is not None],
-        "last": [
-            (name, steps[-1], values[-1])
-            for name, (steps, values) in series.items()
-            if name.startswith(("val/", "rollout/", "sampled/success", "sampled/reward"))
-        ],
-        "command": facts.get("command"),
-        "facts": _given(
-            {
-                "optimiser steps": facts.get("steps"),
-                "parameters": facts.get("parameters"),
-                "time": None if seconds is None else duration(seconds),
-                "demonstrations kept": collected.get("episodes"),
-                "demonstrations tried": collected.get("attempts"),
-                "their rendering": request.get("render"),
-                "their init states": ranges(used),
-            }
-        ),
-        "shared": ranges(sorted(tested & set(used))) if used and tested else None,
+    figures = {panel.title: plot_curves(series, [panel]) for panel in PANELS}
+    last = [
+        [name, str(steps[-1]), f"{values[-1]:.4g}"]
+        for name, (steps, values) in series.items()
+        if name.startswith(("val/", "rollout/", "sampled/success", "sampled/reward"))
+    ]
+    known = {
+        "optimiser steps": facts.get("steps"),
+        "parameters": facts.get("parameters"),
+        "time": None if (seconds := phase_seconds(facts)) is None else duration(seconds),
+        "demonstrations kept": collected.get("episodes"),
+        "demonstrations tried": collected.get("attempts"),
+        "their rendering": request.get("render"),
+        "their init states": request.get("init_states"),
     }
+    return Section(
+        f"training-{run.name}",
+        f"Training of {run.name}",
+        shared_states(request.get("init_states") or [], [evaluated for arm in arms for evaluated in arm.runs]),
+        [picture(figure, title) for title, figure in figures.items() if figure is not None],
+        [Table(["measured", "step", "last value"], last)] if last else [],
+        command=facts.get("command"),
+        facts=known_facts(known),
+    )
 
 
-def facts_section(sources: Sources) -> list[Section]:
+def facts_sections(arms: Sequence[Arm]) -> list[Section]:
     """What is behind every evaluation: command, policy, settings, machine and versions."""
-    return [
-        {
-            "name": run.name,
-            "command": run.results.provenance.get("command"),
-            "facts": _given(
-                {
-                    **_flat(run.results.settings),
-                    **{k: run.results.provenance.get(k) for k in ("device", "dtype", "started", "resumed")},
-                    "seconds since last start": phase_seconds(run.results.provenance),
-                    **_flat(run.results.provenance.get("machine", {})),
-                    **run.results.provenance.get("versions", {}),
-                }
-            ),
+    found = []
+    for run in (run for arm in arms for run in arm.runs):
+        provenance = run.results.provenance
+        known = {
+            **run.results.settings,
+            **{k: provenance.get(k) for k in ("device", "dtype", "started", "resumed")},
+            "seconds since last start": phase_seconds(provenance),
+            **provenance.get("machine", {}),
+            **provenance.get("versions", {}),
         }
-        for arm in sources.arms
-        for run in arm.runs
-    ]
+        found.append(Section("", run.name, command=provenance.get("command"), facts=known_facts(known)))
+    return found
 
 
-def _rates(arms: Sequence[Arm], belongs: Any) -> list[Rate | None]:
-    parts = [[e for _, e in arm.episodes if belongs(e)] for arm in arms]
-    return [rate_of(part) if part else None for part in parts]
+def _verdict(row: Mapping[str, Any]) -> str:
+    """What the pairs of an arm and the baseline say."""
+    low, high = 100 * row["low"], 100 * row["high"]
+    judged = "more than chance" if row["p_holm"] < SIGNIFICANT else "may be chance"
+    return (
+        f"{row['arm']} against {row['baseline']}: {100 * row['difference']:+.1f} points (95 % interval {low:+.1f} to "
+        f"{high:+.1f}) over {row['pairs']} pairs: {judged} (p {p_value(row['p_holm'])}, corrected)."
+    )
 
 
-def _share_plot(rows: Sequence[tuple[str, Sequence[Rate | None]]]) -> Any:
-    marks = [(label, [_share(i, rate) for i, rate in enumerate(rates) if rate is not None]) for label, rates in rows]
-    return dot_plot(marks, (0, 100), unit="%")
-
-
-def _share(arm: int, rate: Rate) -> Value:
-    words = f"{100 * rate.share:.1f} %" if rate.episodes >= 100 else f"{rate.successes}/{rate.episodes}"
-    return Value(arm, 100 * rate.share, 100 * rate.low, 100 * rate.high, words)
-
-
-def _percent_value(arm: int, value: float, low: float, high: float) -> Value:
-    return Value(arm, 100 * value, 100 * low, 100 * high, f"{100 * value:+.1f}")
-
-
-def _verdict(row: Mapping[str, Any], *, several: bool) -> dict[str, str]:
-    """What the pairs of an arm and the baseline say, in words; the judgement stands apart."""
-    p = row["p_holm"]
-    low, high = 100 * row["newcombe_low"], 100 * row["newcombe_high"]
-    correction = ", corrected for the number of comparisons" if several else ""
-    return {
-        "found": f"{row['arm']} against {row['baseline']}: {100 * row['difference']:+.1f} points "
-        f"(95 % interval {low:+.1f} to {high:+.1f}) over {row['pairs']} pairs:",
-        "judged": "more than chance" if p < SIGNIFICANT else "may be chance",
-        "why": f"(p {p_words(p)}{correction}).",
-    }
-
-
-def p_words(p: float) -> str:
-    """A p-value as it is read: ``< 0.0001`` or ``0.0312``."""
-    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
-
-
-def _length_over_time(decisions: "pd.DataFrame", numbers: Mapping[str, int], rows: Sequence[Section]) -> list[Series]:
-    lines = []
-    for row in rows:
-        course = over_time(decisions[decisions["arm"] == row["name"]], "tokens")
-        if not course.empty:
-            steps = course["step"].tolist()
-            x, mean = thin(steps, course["mean"].tolist())
-            low, high = (thin(steps, course[name].tolist())[1] for name in ("low", "high"))
-            lines.append(Series(row["name"], numbers[row["name"]], x, mean, (low, high)))
-    return lines
-
-
-def _agreement(decisions: "pd.DataFrame") -> list[Section]:
+def _agreement(decisions: "pd.DataFrame") -> Table | None:
     """How often the gripper's command is what the thought speaks of, for arms that record it and speak of it."""
-    told = decisions[decisions["gripper"].notna() & (decisions["thought"] != "")]
+    import pandas as pd
+
+    told = decisions[decisions["gripper"].notna()]
     if told.empty:
-        return []
-    kinds = (("next", "what comes next"), ("state", "the gripper now"))
-    return [
-        {**row, "about": words}
-        for about, words in kinds
-        for row in agreement(told, about=about).to_dict("records")
-        if row["spoken"]
-    ]
-
-
-def _machine(provenance: Mapping[str, Any]) -> str:
-    machine = provenance.get("machine", {})
-    device = ", ".join(dict.fromkeys(machine.get("gpus") or [])) if provenance.get("device") != "cpu" else ""
-    return " ".join(str(part) for part in (device or machine.get("processor"), provenance.get("dtype")) if part)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _given(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, value in words) of what is known."""
-    return [(name.replace("_", " "), _words(value)) for name, value in facts.items() if value not in (None, [], "")]
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-        return ranges(value)
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return ", ".join(_words(item) for item in value)
-    return f"{value:,.6g}" if isinstance(value, float) else str(value)
+        return None
+    kinds = {"next": "what comes next", "state": "the gripper now"}
+    parts = [agreement(told, about=about).assign(about=words) for about, words in kinds.items()]
+    table = pd.concat(parts, ignore_index=True).query("spoken > 0")
+    table.insert(1, "the thought speaks of", table.pop("about"))
+    return None if table.empty else Table(*number_table(table))

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtvla.analysis.frames import Run, episode_frame, read_runs
-from dtvla.analysis.report import MODE_ORDER
+from dtvla.analysis.frames import Run, episode_frame, mode_place, read_runs
 from dtvla.errors import UserError
-from dtvla.rollout.results import RESULTS_FILE, EpisodeResult, Key, episode_key
+from dtvla.rollout.results import RESULTS_FILE, EpisodeResult
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,13 +31,6 @@ class Arm:
     def episodes(self) -> list[tuple[Run, EpisodeResult]]:
         """All episodes, each with the run that it belongs to."""
         return [(run, episode) for run in self.runs for episode in run.results.episodes]
-
-    def outcomes(self) -> dict[Key, bool]:
-        """Success of every episode by what tells it apart; of one that stands twice, the first counts."""
-        found: dict[Key, bool] = {}
-        for _, episode in self.episodes:
-            found.setdefault(episode_key(episode), episode.success)
-        return found
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,7 @@ def find_sources(folders: Sequence[Path], evaluations_root: Path) -> Sources:
         places += [folder] if evaluated else []
     if not places:
         places = [place for run in trainings if _has_results(place := evaluations_root / run.name)]
-    runs = sorted(read_runs(places), key=lambda run: (_place(run, places), _mode_place(run))) if places else []
+    runs = sorted(read_runs(places), key=lambda run: (_place(run, places), mode_place(run))) if places else []
     frame = episode_frame(runs) if runs else None
     return Sources(list(trainings), [] if frame is None else _arms(runs, frame), frame)
 
@@ -104,8 +96,3 @@ def _place(run: Run, places: Sequence[Path]) -> int:
     """Number of the first of the places in which the run lies."""
     homes = [place.resolve() if place.is_dir() else place.resolve().parent for place in places]
     return next(number for number, home in enumerate(homes) if run.folder.is_relative_to(home))
-
-
-def _mode_place(run: Run) -> int:
-    mode = str(run.results.settings.get("cot", {}).get("mode"))
-    return MODE_ORDER.index(mode) if mode in MODE_ORDER else len(MODE_ORDER)

@@ -81,8 +81,8 @@ def percent(share: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """A p-value with four digits behind the point, or that it is smaller."""
-    return "<0.0001" if p < 1e-4 else f"{p:.4f}"
+    """A p-value: four digits behind the point where it is small, or that it is smaller still; else two."""
+    return "<0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
 
 
 def _table(frame: "pd.DataFrame", names: Sequence[str], columns: Mapping[str, Callable[[Any], str]]) -> Table:

@@ -33,7 +33,7 @@ def latency_quantiles(
         UserError: no rows, no such column, or a quantile outside [0, 1].
     """
     need_columns(decisions, [*by, "latency_ms"])
-    for sentence in _hardware(decisions):
+    for sentence in check_hardware(decisions):
         say(sentence)
     return _quantiles(decisions, list(by), "latency_ms", quantiles, "_ms")
 
@@ -113,8 +113,8 @@ def _quantiles(
     return table.reset_index()
 
 
-def _hardware(decisions: "pd.DataFrame") -> list[str]:
-    """Sentences for what the arms were not measured on alike."""
+def check_hardware(decisions: "pd.DataFrame") -> list[str]:
+    """What the arms of timed decisions do not have alike of machine, device and type of numbers, a sentence each."""
     found = []
     for column in _HARDWARE:
         arms = decisions.groupby("arm", sort=False)[column].unique()

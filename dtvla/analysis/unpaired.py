@@ -74,33 +74,14 @@ def exact_p(strata: Sequence[Stratum]) -> float:
     return min(1.0, float(p_value))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (S. Holm, Scandinavian Journal of Statistics 6, 1979), in the given order.
-
-    The chance of even one false alarm among all of them stays below the level they are held against, however the
-    tests depend on each other.
-    """
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = largest
-    return corrected
-
-
 def _hypergeometric(stratum: Stratum) -> tuple[int, "np.ndarray"]:
     """The fewest successes that A can have had, and the chances of this many, one more, ... given the margins."""
     import numpy as np
+    from scipy.stats import hypergeom
 
     won_a, all_a, won_b, all_b = stratum
     if not (0 <= won_a <= all_a and 0 <= won_b <= all_b and all_a > 0 and all_b > 0):
         raise ValueError(f"strata: {stratum} is no table of successes among at least one episode each")
     won = won_a + won_b
     lowest, most = max(0, won - all_b), min(won, all_a)
-    total = _log_ways(all_a + all_b, won)
-    logs = [_log_ways(all_a, k) + _log_ways(all_b, won - k) - total for k in range(lowest, most + 1)]
-    return lowest, np.exp(logs)
-
-
-def _log_ways(n: int, k: int) -> float:
-    """Logarithm of the number of ways to choose k of n."""
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return lowest, hypergeom.pmf(np.arange(lowest, most + 1), all_a + all_b, won, all_a)

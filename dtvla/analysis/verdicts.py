@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from dtvla.analysis.intervals import wilson
 from dtvla.analysis.published import ALL, SUITES, counts, labels, load, rates, recount_claims
 from dtvla.analysis.tables import markdown_table
+from dtvla.analysis.tabulate import p_value
 from dtvla.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def differences(table: "pd.DataFrame", pairs: Sequence[tuple[str, str]] = PAIRS)
     """
     import pandas as pd
 
-    from dtvla.analysis.unpaired import holm
+    from dtvla.analysis.resampling import holm
 
     if not pairs:
         raise UserError("pairs: none given; name (A, B), such as ('sft', 'rl')")
@@ -123,7 +124,8 @@ def in_words(frame: "pd.DataFrame") -> list[str]:
         verdict = "significant" if row.significant else "not significant (n.s.)"
         sentences.append(
             f"{b} against {a}, {where}: {row.points:+.2f} points ({row.percent_b:.2f} % against {row.percent_a:.2f} %; "
-            f"95 % interval {row.low:+.2f} to {row.high:+.2f}), p {_p(row.p)}, corrected {_p(row.p_holm)}: {verdict}"
+            f"95 % interval {row.low:+.2f} to {row.high:+.2f}), p {p_value(row.p)}, corrected {p_value(row.p_holm)}: "
+            f"{verdict}"
         )
     return sentences
 
@@ -185,9 +187,9 @@ def _differences_table(frame: "pd.DataFrame") -> str:
             f"{row.points:+.2f}",
             _span(row.low, row.high, "+"),
             f"{row.z:+.2f}",
-            _p(row.p_fisher),
-            _p(row.p),
-            _p(row.p_holm),
+            p_value(row.p_fisher),
+            p_value(row.p),
+            p_value(row.p_holm),
             "yes" if row.significant else "n.s.",
         ]
         for row in frame.itertuples()
@@ -198,7 +200,3 @@ def _differences_table(frame: "pd.DataFrame") -> str:
 
 def _span(low: float, high: float, sign: str = "") -> str:
     return f"{low:{sign}.1f} to {high:{sign}.1f}"
-
-
-def _p(value: float) -> str:
-    return "<0.0001" if value < 1e-4 else f"{value:.4f}" if value < 0.1 else f"{value:.2f}"

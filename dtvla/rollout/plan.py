@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dtvla.errors import UserError
 from dtvla.jobs import name_of, varied
 from dtvla.policy.hub import locate
+from dtvla.rollout.results import policy_name
 from dtvla.rollout.runner import episode_specs
 from dtvla.sim.pool import EpisodeSpec, pool_settings
 from dtvla.sim.suites import Task, get_tasks, step_limit
@@ -126,7 +127,6 @@ def _output(cfg: "DictConfig") -> Path:
             return output
         return output / name_of(arm)
     folder = Path(str(cfg.checkpoint)).expanduser().resolve()  # of a hub id, OWNER/NAME, the last part is a name too
-    run = {"policy": folder.parent.name, "best": f"{folder.parent.name}-best"}.get(folder.name, folder.name)
     others = name_of({key: value for key, value in arm.items() if key not in NAMED})
     name = f"{cfg.env.suite}-{cfg.cot.mode}" + (f"-{others}" if others else "")
-    return Path(str(cfg.paths.root)) / "evaluations" / run / name
+    return Path(str(cfg.paths.root)) / "evaluations" / policy_name(folder) / name

@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -219,8 +220,18 @@ def episode_line(episode: EpisodeResult) -> str:
     return json.dumps(asdict(episode), allow_nan=False) + "\n"
 
 
+def policy_name(folder: Path) -> str:
+    """Name of a policy: of its training run, or of its own folder when no run made it."""
+    return {"policy": folder.parent.name, "best": f"{folder.parent.name}-best"}.get(folder.name, folder.name)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; its folder is made when it is missing.
+    """Write a text file atomically, see :func:`write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically; its folder is made when it is missing.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -228,10 +239,11 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(
             f"output: {path} cannot be written ({error.strerror}); free space or choose another folder"
         ) from error

@@ -10,7 +10,8 @@ from scipy.stats import fisher_exact
 from dtvla.analysis import published
 from dtvla.analysis.intervals import wilson
 from dtvla.analysis.published import ALL, SUITES, counts, labels, load, rates, recount_claims
-from dtvla.analysis.unpaired import holm, two_proportion_z
+from dtvla.analysis.resampling import holm
+from dtvla.analysis.unpaired import two_proportion_z
 from dtvla.analysis.verdicts import PAIRS, SYSTEM_PAIRS, differences, in_words, to_markdown
 from dtvla.errors import UserError
 

@@ -1,13 +1,13 @@
-"""Bootstrap and exchange against enumeration and scipy."""
+"""Bootstrap, exchange and Holm's correction against enumeration and scipy."""
 
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest, permutation_test
 
 from dtvla.analysis.pairing import Paired
-from dtvla.analysis.resampling import bootstrap_ratio, flip_test
+from dtvla.analysis.resampling import bootstrap_ratio, flip_test, holm
 from dtvla.errors import UserError
 
 
@@ -83,3 +83,21 @@ def test_flips_of_clusters_equal_scipys_permutation_test() -> None:
 def test_seeds_that_agree_count_once() -> None:
     """Ten seeds with one outcome are no ten witnesses: the p-value is that of one seed."""
     assert flip_test([10] * 6 + [-10] * 1) == pytest.approx(flip_test([1] * 6 + [-1] * 1))
+
+
+def test_holm_is_closed_testing_with_bonferroni() -> None:
+    """A hypothesis falls when every set of hypotheses with it falls: the largest Bonferroni p among these sets."""
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        values = (rng.random(int(rng.integers(1, 8))) ** 3).round(2).tolist()
+        expected = [
+            max(
+                min(1.0, len(group) * min(values[j] for j in group))
+                for size in range(1, len(values) + 1)
+                for group in combinations(range(len(values)), size)
+                if i in group
+            )
+            for i in range(len(values))
+        ]
+        assert holm(values) == pytest.approx(expected)
+    assert holm([]) == []

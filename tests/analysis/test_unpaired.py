@@ -1,14 +1,14 @@
 """Tests of counts against scipy, brute force, published examples and the definitions of what they compute."""
 
 import math
-from itertools import combinations, product
+from itertools import product
 
 import numpy as np
 import pytest
 from scipy.stats import chi2_contingency, fisher_exact, hypergeom
 
 from dtvla.analysis.intervals import wilson
-from dtvla.analysis.unpaired import Stratum, difference_interval, exact_p, holm, two_proportion_z
+from dtvla.analysis.unpaired import Stratum, difference_interval, exact_p, two_proportion_z
 
 
 def random_stratum(rng: np.random.Generator, most: int) -> Stratum:
@@ -101,21 +101,3 @@ def test_a_difference_between_tasks_is_none_between_runs() -> None:
 def test_impossible_counts_are_refused(strata: list[Stratum]) -> None:
     with pytest.raises(ValueError, match="strata"):
         exact_p(strata)
-
-
-def test_holm_is_closed_testing_with_bonferroni() -> None:
-    """A hypothesis falls when every set of hypotheses with it falls: the largest Bonferroni p among these sets."""
-    rng = np.random.default_rng(3)
-    for _ in range(40):
-        values = (rng.random(int(rng.integers(1, 8))) ** 3).round(2).tolist()
-        expected = [
-            max(
-                min(1.0, len(group) * min(values[j] for j in group))
-                for size in range(1, len(values) + 1)
-                for group in combinations(range(len(values)), size)
-                if i in group
-            )
-            for i in range(len(values))
-        ]
-        assert holm(values) == pytest.approx(expected)
-    assert holm([]) == []

@@ -1,0 +1,1 @@
+dtvla benchmark grpo model=nano env=libero_object

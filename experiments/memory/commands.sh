@@ -1,0 +1,1 @@
+dtvla benchmark memory

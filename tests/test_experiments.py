@@ -1,0 +1,77 @@
+"""The recorded studies: what `make reproduce-STUDY` runs is what its README says, and every command of it exists."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from dtvla.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = sorted(path.parent.name for path in ROOT.glob("experiments/*/README.md"))
+RECORDER = f"""#!{sys.executable}
+import json, os, sys
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+"""
+
+
+def calls(study: str, folder: Path) -> list[list[str]]:
+    """What a study's script runs, its loops and variables written out: programs and their words."""
+    for program in ("dtvla", "python"):
+        (folder / program).write_text(RECORDER)
+        (folder / program).chmod(0o755)
+    script = ["bash", "-euo", "pipefail", str(ROOT / "experiments" / study / "commands.sh")]
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(folder / "calls")}
+    subprocess.run(script, env=environment, cwd=folder, check=True, timeout=60)
+    return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
+
+
+def jobs(words: list[str]) -> list[list[str]]:
+    """The command lines of a multirun's jobs; that of any other command is the only one."""
+    if "-m" not in words:
+        return [words]
+    overrides = OverridesParser.create().parse_overrides([word for word in words if word != "-m"])
+    return [job for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_command_of_a_study_composes(
+    study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = calls(study, tmp_path)
+    assert found
+    for program, command, *words in found:
+        if program == "python":
+            assert (ROOT / command).is_file(), command
+            continue
+        assert command in COMMANDS
+        for job in jobs(words):
+            monkeypatch.setattr(sys, "argv", ["dtvla", *job, "--cfg", "job"])
+            importlib.import_module(f"dtvla.{command}").main()
+            assert "paths:\n  root:" in capsys.readouterr().out, job
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_studys_script_is_its_readmes_command(study: str) -> None:
+    readme = (ROOT / "experiments" / study / "README.md").read_text()
+    assert f"```sh\n{(ROOT / 'experiments' / study / 'commands.sh').read_text()}```\n" in readme
+    assert f"]({study}/README.md)" in (ROOT / "experiments" / "README.md").read_text()
+
+
+def test_make_names_the_studies_that_there_are() -> None:
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-o", "setup", "reproduce-nothing"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    (listed,) = re.findall(r"no such study; choose one of (.*)", done.stderr)
+    assert set(listed.split()) == set(STUDIES)
