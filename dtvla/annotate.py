@@ -249,8 +249,8 @@ def _assemble(
     record = annotation_record(episodes, totals, **facts, before=earlier_record(dataset.root))
     write_provenance(target / TABLE, episodes, settings["annotator"] or {}, labeller.decisions, writers(dataset.root))
     write_json(target / RECORD, record)
-    write_report(target / REPORT, record, episodes, cfg.pictures)
-    draw_episodes(target / REPORT, dataset, episodes, cfg.pictures)
+    drawn = draw_episodes(target / REPORT, dataset, episodes, cfg.pictures)
+    write_report(target / REPORT, record, episodes, drawn)
     return record
 
 
