@@ -187,8 +187,8 @@ def _finished(output: Path, settings: Mapping[str, Any]) -> dict[str, Any] | Non
     try:
         record = earlier_record(output)
         found = record["settings"] if record else None
-    except (OSError, ValueError, KeyError, TypeError):
-        found = None
+    except (OSError, UserError, KeyError, TypeError):
+        record = found = None
     if record is None or found is None:
         raise UserError(f"output: {output} exists and was not made by annotate; set output=... to a new folder")
     refuse_others(f"output: {output} was made", found, settings)
@@ -249,8 +249,8 @@ def _assemble(
     record = annotation_record(episodes, totals, **facts, before=earlier_record(dataset.root))
     write_provenance(target / TABLE, episodes, settings["annotator"] or {}, labeller.decisions, writers(dataset.root))
     write_json(target / RECORD, record)
-    write_report(target / REPORT, record, episodes, cfg.pictures)
-    draw_episodes(target / REPORT, dataset, episodes, cfg.pictures)
+    drawn = draw_episodes(target / REPORT, dataset, episodes, cfg.pictures)
+    write_report(target / REPORT, record, episodes, drawn)
     return record
 
 

@@ -111,7 +111,7 @@ def test_a_begun_collection_is_not_mixed_with_another_request_nor_entered_twice(
 
 
 def test_a_thought_that_breaks_the_schema_names_episode_and_frame() -> None:
-    good = " ".join(["the alphabet soup is on the right and the gripper goes there"] * 2)
+    good = "the alphabet soup is on the right and the gripper is open. next, move above the alphabet soup and stop."
     check_thoughts([good] * 3, ["alphabet soup"], episode_index=2)
     with pytest.raises(UserError, match=r"episode 2, frame 3: has 2 words.*'too short'"):
         check_thoughts([good, good, good, "too short", good], ["alphabet soup"], episode_index=2)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from dtvla.cot.labels import ORIGINS, REVIEWED, Label
 from dtvla.cot.schema import Violation
 from dtvla.cot.writing import RECORD, TABLE
-from dtvla.data.lerobot import read_parquet
+from dtvla.data.lerobot import read_json, read_parquet
 
 if TYPE_CHECKING:
     from dtvla.cot.engine import EpisodeLabels
@@ -107,7 +107,7 @@ def annotation_record(episodes: Sequence[EpisodeLabels], totals: Mapping[str, fl
 def earlier_record(root: Path) -> dict[str, Any] | None:
     """What an annotated dataset says about its annotation; None for any other dataset."""
     path = root / RECORD
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def file_digest(path: Path) -> str:

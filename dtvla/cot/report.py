@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from dtvla.cot.episodes import AnnotatedFrames
 
 LISTED = 100  # failed frames that are written out
-MIN_POSITION = 3  # numbers of a state that a speed is computed of
 ORIGIN_WORDS = {
     "annotated": "written by the annotator, all checks passed",
     "reviewed": "accepted or edited by a reviewer",
@@ -23,14 +22,16 @@ ORIGIN_WORDS = {
 }
 
 
-def write_report(folder: Path, record: Mapping[str, Any], episodes: Sequence[EpisodeLabels], pictures: int) -> None:
+def write_report(
+    folder: Path, record: Mapping[str, Any], episodes: Sequence[EpisodeLabels], drawn: Sequence[int]
+) -> None:
     """Write ``report.md`` into a folder, which is made.
 
     Args:
         folder: beside which the dataset lies.
         record: as of :func:`dtvla.cot.provenance.annotation_record`.
         episodes: all that were annotated.
-        pictures: how many episodes are drawn.
+        drawn: numbers of the episodes whose pictures lie there.
     """
     sections = [
         "# Annotation",
@@ -44,7 +45,6 @@ def write_report(folder: Path, record: Mapping[str, Any], episodes: Sequence[Epi
     ]
     if len(record["totals"]) > 1:
         sections += ["## Spent", facts_table(record["totals"])]
-    drawn = [episode.number for episode in episodes[:pictures]]
     if drawn:
         found = ", ".join(f"{count} {reason}" for reason, count in record["key_frames"].items())
         sections += ["## Key frames", found, *(f"![episode {n}]({picture_name(n)})" for n in drawn)]
@@ -52,17 +52,20 @@ def write_report(folder: Path, record: Mapping[str, Any], episodes: Sequence[Epi
     (folder / "report.md").write_text("\n\n".join(section for section in sections if section) + "\n")
 
 
-def draw_episodes(folder: Path, dataset: AnnotatedFrames, episodes: Sequence[EpisodeLabels], pictures: int) -> None:
-    """Draw the key frames of the first ``pictures`` episodes into a folder; nothing without cameras or positions."""
+def draw_episodes(
+    folder: Path, dataset: AnnotatedFrames, episodes: Sequence[EpisodeLabels], pictures: int
+) -> list[int]:
+    """Draw the key frames of the first ``pictures`` episodes into a folder; their numbers, none without cameras."""
     from dtvla.cot.episode_picture import draw_episode
     from dtvla.data.staging import CAMERA_KEYS
 
-    if not dataset.cameras or dataset.demonstrations.state_FD.shape[1] < MIN_POSITION:
-        return
+    if not dataset.cameras:
+        return []
     camera = next((key for key in CAMERA_KEYS.values() if key in dataset.cameras), dataset.cameras[0])
     folder.mkdir(parents=True, exist_ok=True)
     for episode in episodes[:pictures]:
         draw_episode(dataset[episode.number], episode.reasons, folder / picture_name(episode.number), camera)
+    return [episode.number for episode in episodes[:pictures]]
 
 
 def picture_name(number: int) -> str:

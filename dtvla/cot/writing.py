@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dtvla.data.dataset_folder import FORMATS
-from dtvla.data.lerobot import read_info, read_lines, read_parquet, write_json
+from dtvla.data.lerobot import read_info, read_json, read_lines, read_parquet, write_json
 from dtvla.data.thoughts import COLUMN
 
 FEATURE = {"dtype": "string", "shape": [1], "names": None}
@@ -88,8 +88,8 @@ def _with_thoughts(table: pa.Table, thoughts: pa.Array) -> pa.Table:
     else:
         table = table.append_column(COLUMN, thoughts)
     metadata = dict(table.schema.metadata or {})
-    if b"huggingface" in metadata:
-        described = json.loads(metadata[b"huggingface"])
+    described = json.loads(metadata.get(b"huggingface", b"{}"))
+    if "info" in described:
         described["info"]["features"][COLUMN] = {"dtype": "string", "_type": "Value"}
         metadata[b"huggingface"] = json.dumps(described).encode()
     return table.replace_schema_metadata(metadata)
@@ -98,13 +98,13 @@ def _with_thoughts(table: pa.Table, thoughts: pa.Array) -> pa.Table:
 def _forget_statistics(root: Path) -> None:
     """Remove statistics of token ids that the column held before; texts have none."""
     path = root / "meta/stats.json"
-    if path.exists() and COLUMN in (stats := json.loads(path.read_text())):
+    if path.exists() and COLUMN in (stats := read_json(path)):
         write_json(path, {name: value for name, value in stats.items() if name != COLUMN})
     path = root / "meta/episodes_stats.jsonl"
     if path.exists():
         rows = read_lines(path)
         for row in rows:
-            row["stats"].pop(COLUMN, None)
+            row.get("stats", {}).pop(COLUMN, None)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for path in sorted((root / "meta/episodes").rglob("*.parquet")):
         table = read_parquet(path)

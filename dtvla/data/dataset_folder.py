@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import groupby
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dtvla.data import lerobot_v2, lerobot_v3
-from dtvla.data.lerobot import Contents, read_info, read_parquet
+from dtvla.data.lerobot import Contents, read_info, read_lines, read_parquet
 from dtvla.data.pictures import PictureSpan
 from dtvla.data.staging import CAMERA_KEYS
 from dtvla.data.thoughts import COLUMN, ThoughtColumn
@@ -70,7 +69,10 @@ class DatasetFolder:
     def sources(self) -> list[dict[str, Any]]:
         """Per episode suite, task_id, init_state and seed, where the dataset tells (ours do); otherwise empty."""
         path = self.root / "meta/episodes_source.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        found = read_lines(path) if path.exists() else []
+        if found and len(found) != len(self.starts_E):
+            raise UserError(f"{path}: it has {len(found)} of {len(self.starts_E)} episodes; copy the dataset again")
+        return found
 
     @cached_property
     def fingerprint(self) -> str:

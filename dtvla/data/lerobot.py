@@ -94,6 +94,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: damaged; copy the dataset again") from None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A file with one JSON object; :class:`UserError` when it is damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: damaged; copy the dataset again") from None
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a readable JSON file."""
     path.write_text(json.dumps(values, indent=2) + "\n")

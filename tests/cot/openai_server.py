@@ -140,10 +140,14 @@ class FakeEpisode:
     number, fps, instruction = 3, 20.0, "put the bowl on the plate"
 
     def __init__(self, frames: int = 40, seed: int = 0) -> None:
+        self.seed = seed
         rng = np.random.default_rng(seed)
         coarse = rng.integers(0, 256, (2, frames, 4, 6, 3), dtype=np.uint8)
         self.pictures = dict(zip(("agentview", "wrist"), coarse.repeat(16, 2).repeat(16, 3), strict=True))
         self.closing_F = np.arange(frames) >= frames // 2
+
+    def __repr__(self) -> str:  # the name of a test, the same in every process
+        return f"FakeEpisode(seed={self.seed})"
 
     def __len__(self) -> int:
         return len(self.closing_F)

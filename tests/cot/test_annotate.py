@@ -173,6 +173,22 @@ def test_a_dataset_without_a_gripper_and_pictures_that_do_not_decode_are_named(t
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("episodes_source.jsonl", "{}\n", "episodes_source.jsonl: it has 1 of 2 episodes"),
+        ("episodes_source.jsonl", "{", "episodes_source.jsonl: damaged"),
+        ("stats.json", "{", "stats.json: damaged"),
+        ("annotation.json", "[1]", "annotation.json: damaged"),
+    ],
+)
+def test_damaged_metadata_of_the_source_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    root = write(tmp_path / "set", episodes=2)
+    (root / "meta" / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        run(root, tmp_path / "new", jobs_per_call=None)
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("keyframes.debounce=0", "keyframes.debounce"),
