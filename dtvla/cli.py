@@ -137,7 +137,10 @@ def command_line(name: str) -> str | None:
         return None
     root = os.environ.get("DTVLA_ROOT")  # decides where relative results are looked for
     variables = [f"DTVLA_ROOT={root}"] if root else []
-    return shlex.join([*variables, "python", "-m", f"dtvla.{name}", *HydraConfig.get().overrides.task])
+    settings = list(HydraConfig.get().overrides.task)
+    if any(setting.startswith("+sweep=") for setting in settings):
+        settings.append("hydra.mode=RUN")  # a search begins a multirun even without -m; this is one trial of it
+    return shlex.join([*variables, "python", "-m", f"dtvla.{name}", *settings])
 
 
 def main() -> None:

@@ -20,10 +20,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dtvla.errors import UserError
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-CALLBACK = "multirun"  # name of dtvla.multirun.Multirun in conf/cli/quiet.yaml
 LONGEST_NAME = 80
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 State = Literal["running", "done", "failed", "stopped"]
@@ -37,7 +38,7 @@ class Record:
         number: of the job in its multirun, from 0 on.
         name: its settings that the multirun varies.
         state: running until it has ended; stopped when its process was told to end.
-        value: what it returned: a success rate or a metric; None when that is no finite number.
+        value: what it returned, a success rate or a metric; None when that is no number.
         reason: why it failed.
         log: file with its output, beside the record; None where the launcher keeps or shows it.
     """
@@ -66,14 +67,11 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def in_multirun() -> bool:
-    """Whether this is a job of a multirun that :class:`dtvla.multirun.Multirun` watches over."""
+    """Whether this is a job of a multirun."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    if not HydraConfig.initialized():
-        return False
-    cfg = HydraConfig.get()
-    return cfg.mode == RunMode.MULTIRUN and CALLBACK in (cfg.callbacks or {})
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def by_joblib() -> bool:
@@ -98,25 +96,24 @@ def varied() -> dict[str, str]:
 def name_of(overrides: Mapping[str, str]) -> str:
     """A name of overrides for folders, the same in every order, that needs no quotes on a command line.
 
-    Long ones are cut and end in a digest of the whole.
+    Long ones are cut and end in a digest of the overrides.
     """
     name = "+".join(sorted(f"{_plain(key.lstrip('+'))}_{_plain(value)}" for key, value in overrides.items()))
     if len(name) <= LONGEST_NAME:
         return name
-    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(json.dumps(sorted(overrides.items())).encode()).hexdigest()
+    return f"{name[:LONGEST_NAME]}-{digest[:8]}"
 
 
 def _plain(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", text.replace("/", ".")).strip("_.")
 
 
-def neighbours() -> int:
-    """How many jobs share this machine at a time, this one counted."""
+def jobs_at_a_time() -> int:
+    """How many jobs of this multirun share the machine, this one counted."""
     from hydra.core.hydra_config import HydraConfig
 
-    if not by_joblib():
-        return 1
-    return int(HydraConfig.get().launcher.n_jobs)
+    return int(HydraConfig.get().launcher.n_jobs) if by_joblib() else 1
 
 
 def run(function: Callable[[Any], Any], cfg: DictConfig) -> Any:
@@ -137,6 +134,8 @@ def run(function: Callable[[Any], Any], cfg: DictConfig) -> Any:
     with _output_in(folder / log) if log else nullcontext():
         try:
             value = function(cfg)
+            if isinstance(value, float) and not math.isfinite(value):  # of a training that has diverged
+                raise UserError(f"the result is {value}")
         except Exception as error:
             reason = explanation(error)
             if reason is None:
@@ -148,8 +147,7 @@ def run(function: Callable[[Any], Any], cfg: DictConfig) -> Any:
         except BaseException:
             replace(record, state="stopped").write(folder)
             raise
-    number_returned = isinstance(value, int | float) and math.isfinite(value)
-    replace(record, state="done", value=float(value) if number_returned else None).write(folder)
+    replace(record, state="done", value=float(value) if isinstance(value, int | float) else None).write(folder)
     return value
 
 

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
@@ -35,35 +35,34 @@ PLUGINS = {
 MEANINGS = {"running": "no end", "done": "done", "failed": "failed", "stopped": "stopped"}
 NO_END = "it was killed, ran out of memory or time, or still runs elsewhere"
 
-_folders: list[Path] = []
+_begun: list[tuple[Path, int]] = []  # folder of records; how many jobs there will be, 0: a search, which may end early
 
 
 class Multirun(Callback):
     """Prepares a multirun; Hydra calls it in the process that was started, before any job."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Tell the jobs which settings vary and how many of them run at a time; make the folder of their records."""
+        """Tell the jobs which settings vary and how many of them run at a time."""
+        sweeper, launcher = config.hydra.sweeper, config.hydra.launcher
+        search = "n_trials" in sweeper
         folder = Path(str(config.hydra.sweep.dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        _folders.append(folder)
-        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        fixed = ",".join(f"'{one.get_key_element()}'" for one in overrides if not one.is_sweep_override())
-        told = [f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]"]
+        _begun.append((folder, 0))  # first of all: Hydra only warns when this method raises
+        given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        settings = {o.get_key_element(): o for o in parser.parse_overrides([*given, *config.hydra.overrides.task])}
+        varied = [setting for setting in settings.values() if setting.is_sweep_override()]
+        jobs = int(sweeper.n_trials) if search else math.prod(len(list(v.sweep_string_iterator())) for v in varied)
+        fixed = [key for key, setting in settings.items() if not setting.is_sweep_override()]
+        told = [f"hydra.job.config.override_dirname.exclude_keys={fixed}"]
         with read_write(config), open_dict(config):
-            if "n_jobs" in config.hydra.launcher:  # of joblib; below 0 it counts down from all cores
-                jobs = int(config.hydra.launcher.n_jobs)
-                jobs = jobs if jobs > 0 else max(1, usable_cores() + 1 + jobs)
-                config.hydra.launcher.n_jobs = min(jobs, _most(config, overrides))
-                told.append(f"hydra.launcher.n_jobs={config.hydra.launcher.n_jobs}")
+            if "n_jobs" in launcher:  # of joblib; below 0 it counts down from all cores
+                most = launcher.n_jobs if launcher.n_jobs > 0 else max(1, usable_cores() + 1 + launcher.n_jobs)
+                launcher.n_jobs = min(most, jobs)
+                told.append(f"hydra.launcher.n_jobs={launcher.n_jobs}")
             config.hydra.overrides.hydra.extend(told)
+        if not search:
+            _begun[-1] = (folder, jobs)
         logging.getLogger("hydra_plugins").setLevel(logging.ERROR)  # a failed trial is told below, with its reason
-
-
-def _most(config: DictConfig, overrides: Sequence[Override]) -> int:
-    """How many jobs there are at most."""
-    if "n_trials" in config.hydra.sweeper:
-        return int(config.hydra.sweeper.n_trials)
-    return math.prod(len(list(one.sweep_string_iterator())) for one in overrides if one.is_sweep_override())
 
 
 @contextmanager
@@ -73,36 +72,42 @@ def told() -> Iterator[None]:
     Raises:
         SystemExit: a job did not succeed; code 2.
     """
-    _folders.clear()
+    _begun.clear()
     try:
         yield
     except KeyboardInterrupt:
-        if not _folders:
-            raise
-        _tell(_folders[-1])
+        _succeeded()
         raise SystemExit(INTERRUPT_EXIT_CODE) from None
     except SystemExit as end:
-        if _folders and not _tell(_folders[-1]) and end.code in (None, 0, 1):  # 1: Hydra's own, after its message
+        if not _succeeded() and end.code in (None, 0, 1):  # 1: Hydra's own, after its message
             raise SystemExit(USER_ERROR_EXIT_CODE) from None
         raise
     else:
-        if _folders and not _tell(_folders[-1]):
+        if not _succeeded():
             raise SystemExit(USER_ERROR_EXIT_CODE)
 
 
-def _tell(folder: Path) -> bool:
-    """Print what became of the jobs; return whether all that began have succeeded."""
+def _succeeded() -> bool:
+    """Print what became of the jobs, and return whether all have succeeded; True when none has begun."""
+    if not _begun:
+        return True
+    folder, planned = _begun[-1]
     records = read_records(folder)
-    failed = [record for record in records if record.state != "done"]
-    if len(records) > 1 or failed:
-        print(f"\nmultirun: {len(records) - len(failed)} of {len(records)} jobs done; records in {folder}")
+    if not records:
+        return True
+    jobs = max(len(records), planned)
+    done = sum(record.state == "done" for record in records)
+    if jobs > 1 or done < jobs:
+        print(f"\nmultirun: {done} of {jobs} jobs done; records in {folder}")
         for line in _lines(records):
             print(line)
+    if len(records) < jobs:
+        print(f"      not begun: {jobs - len(records)}")
     if (folder / BEST_FILE).is_file():
         print(_best(folder / BEST_FILE))
-    if failed:
+    if done < jobs:
         print("The same command runs what is missing; finished results stay as they are.", file=sys.stderr)
-    return not failed
+    return done == jobs
 
 
 def _lines(records: Sequence[Record]) -> Iterator[str]:
@@ -119,8 +124,6 @@ def _best(path: Path) -> str:
     import yaml
 
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "best_params" not in found:
-        return f"best: several, in {path}"
     settings = " ".join(f"{key}={value}" for key, value in found["best_params"].items())
     return f"best: {found['best_value']:.6g} with {settings}"
 

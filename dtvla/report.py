@@ -2,7 +2,7 @@
 
     python -m dtvla.report outputs/runs/NAME                                    one HTML file
     python -m dtvla.report outputs/evaluations/NAME/libero_goal-{think,mask}    a comparison
-    python -m dtvla.report run=outputs/runs/NAME                                Markdown, pictures beside it
+    python -m dtvla.report outputs/runs/NAME output=report.md                   Markdown, pictures beside it
 
 Settings are in ``conf/report.yaml``.
 """
@@ -19,35 +19,16 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Write the report of the folders that the command line names, or of ``run=FOLDER``."""
+    """Write the report of the folders that the command line names."""
     sys.argv[1:] = name_folders(sys.argv[1:])
     _main()
 
 
 @entry("report")
 def _main(cfg: "DictConfig") -> None:
-    run(cfg)
+    from dtvla.analysis.report import write_report
 
-
-def run(cfg: "DictConfig") -> Path:
-    """Write the report as configured: HTML for folders, Markdown for a run.
-
-    Raises:
-        UserError: a setting is wrong, a folder is missing or holds nothing, a file is damaged.
-    """
-    from omegaconf import OmegaConf
-
-    from dtvla.errors import UserError
-
-    if not cfg.folders:
-        from dtvla.analysis.report import write_report
-
-        return write_report(cfg)
-    if not OmegaConf.is_missing(cfg, "run") or cfg.evaluations is not None:
-        raise UserError("run, evaluations: found folders, too; name all of them as folders, dtvla report FOLDER...")
-    from dtvla.analysis.html import write_html
-
-    return write_html(cfg)
+    write_report(cfg)
 
 
 def name_folders(arguments: Sequence[str]) -> list[str]:

@@ -12,9 +12,9 @@ from dtvla import cli
 from dtvla.jobs import Record, read_records
 
 SCRIPT = """
-import os, signal, time
+import os, signal
 from pathlib import Path
-from dtvla import cli
+from dtvla import cli, jobs
 from dtvla.errors import UserError
 
 cli.config_dir = lambda: Path({conf!r})
@@ -29,7 +29,8 @@ JOB = """
     class Odd(Exception):
         def __init__(self, a, b):  # can't be unpickled
             super().__init__(f"{a} and {b}")
-    print("this is job", cfg.x)
+    print(f"this is job {cfg.x}, one of {jobs.jobs_at_a_time()} at a time")
+    print("command:", cli.command_line("demo"))
     if cfg.x == 2:
         raise UserError("x: found 2; choose another")
     if cfg.x == 3:
@@ -40,6 +41,8 @@ JOB = """
         raise SystemExit(143)
     if cfg.x == 7:
         return cfg.needed
+    if cfg.x == 9:
+        return float("nan")
     return (cfg.x - 0.3) ** 2
 """
 
@@ -50,8 +53,12 @@ def write_script(tmp_path: Path) -> Path:
     for group in ("cli", "paths"):
         shutil.copytree(shipped / group, conf / group)
     (conf / "sweep").mkdir()
+    (conf / "kind").mkdir()
+    for kind in ("a", "b"):
+        (conf / "kind" / f"{kind}.yaml").write_text("{}\n")
     (conf / "demo.yaml").write_text(
-        f"defaults: [paths: default, cli: quiet, _self_]\npaths: {{root: {tmp_path}/out}}\nx: 1.0\ny: 0\nneeded: ???\n"
+        "defaults: [paths: default, cli: quiet, kind: a, _self_]\n"
+        f"paths: {{root: {tmp_path}/out}}\nx: 1.0\ny: 0\nneeded: ???\n"
     )
     path = tmp_path / "demo.py"
     path.write_text(SCRIPT.format(conf=str(conf), name="demo", body=JOB))

@@ -14,6 +14,8 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from dtvla.analysis.ablation import compare_arms
+from dtvla.analysis.frames import load_results
 from dtvla.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +57,7 @@ def test_every_command_of_a_study_composes(
             assert (ROOT / command).is_file(), command
             continue
         assert command in COMMANDS
+        assert command != "train" or "resume=true" in words or "-m" in words, "make it go on where it was"
         for job in jobs(words):
             monkeypatch.setattr(sys, "argv", ["dtvla", *job, "--cfg", "job"])
             importlib.import_module(f"dtvla.{command}").main()
@@ -66,6 +69,17 @@ def test_a_studys_script_is_its_readmes_command(study: str) -> None:
     readme = (ROOT / "experiments" / study / "README.md").read_text()
     assert f"```sh\n{(ROOT / 'experiments' / study / 'commands.sh').read_text()}```\n" in readme
     assert f"]({study}/README.md)" in (ROOT / "experiments" / "README.md").read_text()
+
+
+def test_grpos_numbers_are_those_of_its_episodes() -> None:
+    study = ROOT / "experiments" / "grpo_gain"
+    frame = load_results(study).assign(arm=lambda rows: rows["policy"])
+    readme = (study / "README.md").read_text().replace("*", "")
+    for _, part in frame.groupby("cot.temperature"):
+        (row,) = compare_arms(part, "start420").to_dict("records")
+        difference, low, high = (f"{100 * row[name]:+.1f}" for name in ("difference", "low", "high"))
+        p = f"{row['p_value']:.2f}" if row["p_value"] > 0.01 else f"{row['p_value']:.0e}".replace("e-0", "e-")
+        assert f"| {row['only_baseline']} : {row['only_arm']} | {difference} ({low}, {high}) | {p} |" in readme
 
 
 def test_make_names_the_studies_that_there_are() -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 from dtvla.rollout.results import Thought, write_results
@@ -18,7 +17,7 @@ from dtvla.rollout.results import Thought, write_results
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 NAMES = ["quickstart_results", "ablations", "published_vs_ours", "grpo", "latency", "look_inside"]
-MOST_FIGURE_BYTES, MOST_LINES = 200_000, 14
+MOST_FIGURE_BYTES = 200_000
 LINK = re.compile(r"\]\(([^)]+)\)")
 RENEW = "run python tools/notebooks.py"
 ABSOLUTE = re.compile(r"(?<![\w.:/<>})~-])(?:/(?:home|root|work|tmp|usr|var|opt|mnt|Users)\b|[A-Za-z]:\\)|file://")
@@ -56,10 +55,10 @@ def figures(notebook: NotebookNode) -> list[bytes]:
 
 
 def answers(notebook: NotebookNode) -> list[list[str]]:
-    """What every cell says on a page: tables and printed lines."""
+    """What every cell says on a page: tables, printed lines and warnings of the analysis."""
     return [
         [o.data["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {})]
-        + [o.text for o in cell.outputs if o.get("name") == "stdout"]
+        + [o.text for o in cell.outputs if o.get("name") == "stdout" or o.get("text", "").startswith("warning: ")]
         for cell in code(notebook)
     ]
 
@@ -69,13 +68,12 @@ def test_all_notebooks_are_there() -> None:
 
 
 @each
-def test_a_stored_notebook_is_whole_short_and_clean(path: Path) -> None:
+def test_a_stored_notebook_is_whole_and_clean(path: Path) -> None:
     notebook = read(path)
     nbformat.validate(notebook)
     cells = code(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), RENEW
     assert all(output.output_type != "error" for cell in cells for output in cell.outputs)
-    assert all(cell.source.count("\n") <= MOST_LINES or "import" in cell.source for cell in cells)
     assert clean(read(path)) == notebook
     assert [(path.stem, len(figure)) for figure in figures(notebook) if len(figure) > MOST_FIGURE_BYTES] == []
     assert figures(notebook)
@@ -114,7 +112,7 @@ def test_a_notebook_runs_and_says_what_is_stored(path: Path) -> None:
 
 def write_arm(folder: Path, mode: str, decoder: str, skill: float) -> None:
     """Forty episodes of two tasks with thoughts and gripper commands."""
-    rng = np.random.default_rng(len(str(folder)))
+    rng = np.random.default_rng(list(folder.name.encode()))
     thoughts = [Thought(0, FREE, False, 20, 20, "ooooo"), Thought(10, HOLDS, False, 22, 22, "ccccc")]
     episodes = [episode(t, s, bool(rng.random() < skill), thoughts=thoughts) for t in range(2) for s in range(20)]
     made = {"checkpoint": f"outputs/runs/{decoder}/policy", "decoder": decoder}
@@ -135,10 +133,3 @@ def test_ablations_shows_the_studies_that_are_there(tmp_path: Path) -> None:
     compared = next(text for text in said if "lost:won" in text).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in compared] == ["mask", "random", "shuffle"]
     assert sum("kappa" in text for text in said) == 2
-
-
-def test_a_cell_that_fails_is_an_error(tmp_path: Path) -> None:
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
-    nbformat.write(notebook, tmp_path / "fails.ipynb")
-    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
-        execute(tmp_path / "fails.ipynb")

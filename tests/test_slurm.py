@@ -46,13 +46,14 @@ def test_slurm_gets_one_array_of_jobs_with_the_resources_asked_for(tmp_path: Pat
     settings = ["partition=gpu", "gpus_per_node=1", "cpus_per_task=8", "mem_gb=64", "timeout_min=90"]
     chosen = ["hydra/launcher=submitit_slurm", *(f"hydra.launcher.{setting}" for setting in settings)]
     path = {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
-    done = run(write_script(tmp_path), "-m", *chosen, "x=1,2,4", environment=path)
+    done = run(write_script(tmp_path), "-m", *chosen, "x=1,2,3,4", environment=path)
     assert done.returncode == 2, done.stderr
-    assert [(r.name, r.state) for r in records(tmp_path / "out")] == [
-        ("x=1", "done"),
-        ("x=2", "failed"),
-        ("x=4", "done"),
+    assert [(r.name, r.state, r.reason) for r in records(tmp_path / "out")] == [
+        ("x=1", "done", None),
+        ("x=2", "failed", "x: found 2; choose another"),
+        ("x=3", "failed", "Odd: a defect and no more"),
+        ("x=4", "done", None),
     ]
     options = re.findall(r"^#SBATCH --(\S+)", (bin_folder / "sbatch.seen").read_text(), flags=re.MULTILINE)
-    expected = "partition=gpu gpus-per-node=1 cpus-per-task=8 mem=64GB time=90 nodes=1 array=0-2%3"
+    expected = "partition=gpu gpus-per-node=1 cpus-per-task=8 mem=64GB time=90 nodes=1 array=0-3%4"
     assert set(expected.split()) <= set(options)

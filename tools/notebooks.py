@@ -24,7 +24,11 @@ def execute(path: Path) -> NotebookNode:
     """The notebook with fresh outputs, cleaned; its folder is the working directory."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=SECONDS_PER_CELL, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        notebook,
+        timeout=SECONDS_PER_CELL,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        coalesce_streams=True,  # else what a cell prints comes in as many parts as it happened to be sent in
     )
     client.execute(env=os.environ | {"PYTHONWARNINGS": NO_WIDGETS})
     return clean(notebook)

@@ -60,7 +60,7 @@ def phases(suite: str, task: int, episodes: int, out: Path) -> list[Phase]:
         Phase(
             "report",
             "one page with success rates, curves, thoughts and videos",
-            ["dtvla.report", f"run={run}", f"output={out / 'report.md'}"],
+            ["dtvla.report", str(run), f"output={out / 'report.md'}"],
         ),
     ]
 

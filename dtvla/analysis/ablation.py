@@ -4,19 +4,23 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtvla.analysis.frames import KEY, check_poolable, say
-from dtvla.analysis.intervals import wilson
+from dtvla.analysis.intervals import clustered_wilson
 from dtvla.analysis.pairing import tally
-from dtvla.analysis.resampling import bootstrap_ratio, flip_test, holm
+from dtvla.analysis.resampling import bootstrap_ratio, holm
 from dtvla.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _PARTS = ("suite", "task_id")
+_STATE = ["suite", "task_id", "init_state"]
 
 
 def success(frame: "pd.DataFrame", by: Sequence[str] = ("arm",)) -> "pd.DataFrame":
     """Success rates with Wilson's 95 % intervals; what stands against pooling the rows is said.
+
+    Several episodes of an init state (seeds, or runs that are pooled) are not taken for independent, see
+    :func:`dtvla.analysis.intervals.clustered_wilson`.
 
     Args:
         frame: of :func:`dtvla.analysis.frames.load_results`, all or part of it.
@@ -39,11 +43,12 @@ def success_rates(frame: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
     import pandas as pd
 
     groups = list(by)
-    need_columns(frame, [*groups, "success"])
-    counts = frame.groupby(groups, sort=False, dropna=False)["success"].agg(["sum", "count"])
-    rates = [wilson(int(solved), int(run)) for solved, run in counts.itertuples(index=False)]
-    numbers = pd.DataFrame([r.to_dict() for r in rates], index=counts.index)
-    return numbers[["successes", "episodes", "rate", "low", "high"]].reset_index()
+    need_columns(frame, [*groups, *_STATE, "success"])
+    rows = []
+    for names, part in frame.groupby(groups, sort=False, dropna=False):
+        states = part.groupby(_STATE, sort=False)["success"].agg(["sum", "count"])
+        rows.append([*names, *clustered_wilson(states.to_numpy(int).tolist()).to_dict().values()])
+    return pd.DataFrame(rows, columns=[*groups, "successes", "episodes", "rate", "low", "high"])
 
 
 def compare_arms(
@@ -56,12 +61,11 @@ def compare_arms(
 ) -> "pd.DataFrame":
     """Every arm against a baseline over the episodes that both have run; what limits the comparison is said.
 
-    Episodes are paired by suite, task, init state and seed. All intervals are at 95 %. ``low`` and ``high`` come from
-    the paired bootstrap, stratified by task, which draws init states with all their seeds; ``newcombe_low`` and
-    ``newcombe_high`` from :attr:`dtvla.analysis.pairing.Paired.interval`, which has a width also when all pairs agree
-    but takes seeds for independent. ``p_value`` is that of McNemar's exact test; where an init state has several
-    seeds, of its generalisation :func:`dtvla.analysis.resampling.flip_test`. ``p_holm`` is corrected for all rows of
-    the table.
+    Episodes are paired by suite, task, init state and seed. ``low`` and ``high`` are the 95 % interval of the paired
+    bootstrap, stratified by task, which draws init states with all their seeds; where the pairs of every task agree,
+    so that it has no width, they are those of :attr:`dtvla.analysis.pairing.Paired.interval`. ``p_value`` is that of
+    McNemar's exact test; where an init state has several seeds, of its generalisation
+    :func:`dtvla.analysis.pairing.flip_test`. ``p_holm`` is corrected for all rows of the table.
 
     Args:
         frame: of :func:`dtvla.analysis.frames.load_results`, all or part of it.
@@ -72,8 +76,8 @@ def compare_arms(
 
     Returns:
         A row for each arm but the baseline (and each part): `by`, ``arm``, ``baseline``, ``pairs``, ``both``,
-        ``only_arm``, ``only_baseline``, ``neither``, ``rate``, ``baseline_rate``, ``difference``, the intervals, the
-        p-values, and ``left_out`` and ``baseline_left_out``, episodes of either without a partner.
+        ``only_arm``, ``only_baseline``, ``neither``, ``rate``, ``baseline_rate``, ``difference``, ``low``, ``high``,
+        the p-values, and ``left_out`` and ``baseline_left_out``, episodes of either without a partner.
 
     Raises:
         UserError: unknown baseline or part, a single arm, episodes that stand twice, or none in common.
@@ -112,7 +116,7 @@ def need_columns(frame: "pd.DataFrame", names: Sequence[str]) -> None:
     missing = [name for name in names if name not in frame.columns]
     if missing or frame.empty:
         found = f"no column {', '.join(missing)}" if missing else "no rows"
-        raise UserError(f"frame: it has {found}; load results with load_results, and choose among their rows")
+        raise UserError(f"frame: it has {found}; use episode_frame or decision_frame of runs that recorded such")
 
 
 def _outcomes(frame: "pd.DataFrame", arm: str) -> "pd.Series":
@@ -135,11 +139,13 @@ def _part(outcomes: "pd.Series", groups: Sequence[str], names: Sequence[Hashable
 
 def _difference(pairs: "pd.DataFrame", *, n_boot: int, seed: int) -> dict[str, Any]:
     """Counts, rates, difference, intervals and p-value of outcomes ``arm`` and ``baseline``, indexed by the key."""
-    counts = tally(pairs[["baseline", "arm"]].itertuples(index=False, name=None))
+    counts = tally(dict(zip(pairs.index, pairs[["baseline", "arm"]].itertuples(index=False, name=None), strict=True)))
     changes = pairs["arm"].astype(int) - pairs["baseline"].astype(int)
-    clusters = changes.groupby(level=["suite", "task_id", "init_state"], sort=False).agg(["sum", "count"])
-    strata = [part.to_numpy() for _, part in clusters.groupby(level=["suite", "task_id"], sort=False)]
-    low, high = bootstrap_ratio(strata, n_boot=n_boot, seed=seed)
+    states = changes.groupby(level=_STATE, sort=False).agg(["sum", "count"])
+    strata = [part.to_numpy() for _, part in states.groupby(level=["suite", "task_id"], sort=False)]
+    low, high = bootstrap_ratio(strata, n_boot=n_boot, seed=seed) if len(states) > 1 else (0.0, 0.0)
+    if low == high:
+        low, high = counts.interval
     return {
         "pairs": counts.pairs,
         "both": counts.both,
@@ -151,7 +157,5 @@ def _difference(pairs: "pd.DataFrame", *, n_boot: int, seed: int) -> dict[str, A
         "difference": counts.difference,
         "low": low,
         "high": high,
-        "newcombe_low": counts.interval[0],
-        "newcombe_high": counts.interval[1],
-        "p_value": flip_test(clusters["sum"].tolist()),
+        "p_value": counts.p_value,
     }

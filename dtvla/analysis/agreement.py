@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dtvla.analysis.ablation import need_columns
 from dtvla.analysis.frames import KEY, say
-from dtvla.analysis.resampling import bootstrap_ratio
+from dtvla.analysis.intervals import clustered_wilson
 from dtvla.cot.narrate import PHASES
 from dtvla.cot.stages import gripper_claim, stage_of
 
@@ -31,14 +31,7 @@ _GIVEN = {"grasp": CLOSE, "release": OPEN}  # the command that a chunk of a stag
 _COLUMNS = ["decisions", "spoken", "agree", "share", "low", "high", "chance", "kappa"]
 
 
-def agreement(
-    decisions: "pd.DataFrame",
-    by: Sequence[str] = ("arm",),
-    *,
-    about: str = "next",
-    n_boot: int = 2_000,
-    seed: int = 0,
-) -> "pd.DataFrame":
+def agreement(decisions: "pd.DataFrame", by: Sequence[str] = ("arm",), *, about: str = "next") -> "pd.DataFrame":
     """How often the gripper's command is the one that the thought speaks of.
 
     ``about="next"``: what the thought says comes next, against the chunk that follows. Reaching, lowering and
@@ -49,14 +42,13 @@ def agreement(
 
     ``chance`` is the share expected if the same thoughts and chunks had been put together at random, and ``kappa``
     (J. Cohen, Educational and Psychological Measurement 20, 1960) is how far from it to full agreement the share is.
-    The 95 % interval comes from a bootstrap over episodes, stratified by task.
+    The 95 % interval is Wilson's, in which the decisions of an init state are not taken for independent
+    (:func:`dtvla.analysis.intervals.clustered_wilson`).
 
     Args:
         decisions: of :func:`dtvla.analysis.frames.decision_frame`, all or part of it, with all decisions of an episode.
         by: columns whose values make the groups.
         about: ``next`` or ``state``.
-        n_boot: draws of the bootstrap.
-        seed: of the bootstrap.
 
     Returns:
         The columns `by`, ``decisions`` (whose commands were recorded), ``spoken`` (of these, whose thought speaks of
@@ -78,10 +70,7 @@ def agreement(
     for names in silent.itertuples(index=False, name=None):
         say(f"{', '.join(map(str, names))}: gripper commands were not recorded (an older dtvla); left out of agreement")
     frame = _next(told) if about == "next" else _state(told)
-    rows = []
-    for names, part in frame.groupby(groups, sort=False, dropna=False):
-        measured = _measure(part, n_boot=n_boot, seed=seed)
-        rows.append([*names, *measured])
+    rows = [[*names, *_measure(part)] for names, part in frame.groupby(groups, sort=False, dropna=False)]
     return pd.DataFrame(rows, columns=[*groups, *_COLUMNS])
 
 
@@ -119,22 +108,20 @@ def _state(decisions: "pd.DataFrame") -> "pd.DataFrame":
     )
 
 
-def _measure(part: "pd.DataFrame", *, n_boot: int, seed: int) -> list[float]:
+def _measure(part: "pd.DataFrame") -> list[float]:
     """The numbers of a group, in the order of the columns."""
     spoken = part[part["said"].notna()]
     if spoken.empty:
         return [len(part), 0, 0, *[float("nan")] * 5]
     agrees = [said in does for said, does in zip(spoken["said"], spoken["does"], strict=True)]
-    share = sum(agrees) / len(agrees)
     chance = sum(
         said_share * sum(does_share for does, does_share in _shares(spoken["does"]) if said in does)
         for said, said_share in _shares(spoken["said"])
     )
-    episodes = spoken.assign(agrees=agrees).groupby(["run", *KEY], sort=False)["agrees"].agg(["sum", "count"])
-    strata = [rows.to_numpy(float) for _, rows in episodes.groupby(level=["suite", "task_id"], sort=False)]
-    low, high = bootstrap_ratio(strata, n_boot=n_boot, seed=seed)
-    kappa = (share - chance) / (1.0 - chance) if chance < 1.0 else float("nan")
-    return [len(part), len(spoken), sum(agrees), share, low, high, chance, kappa]
+    states = spoken.assign(agrees=agrees).groupby(["suite", "task_id", "init_state"], sort=False)["agrees"]
+    rate = clustered_wilson(states.agg(["sum", "count"]).to_numpy(int).tolist())
+    kappa = (rate.share - chance) / (1.0 - chance) if chance < 1.0 else float("nan")
+    return [len(part), len(spoken), rate.successes, rate.share, rate.low, rate.high, chance, kappa]
 
 
 def _shares(values: "pd.Series") -> "list[tuple[str, float]]":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dtvla.errors import UserError
 from dtvla.policy.attention import Segment, positions, visible
 from dtvla.policy.layout import IGNORE, Batch, Example, stack
 
@@ -24,7 +25,12 @@ def sequence(policy: "Policy", observation: Mapping[str, Any], thought_ids: Sequ
         policy: whose sequences they are.
         observation: as for :meth:`dtvla.policy.policy.Policy.act`.
         thought_ids: from ``<think>`` to ``</think>``; an ``<action>`` behind it is left out, as the block has it.
+
+    Raises:
+        UserError: the decoder is autoregressive, so that what actions see and do depends on those written before.
     """
+    if policy.model.autoregressive:
+        raise UserError("checkpoint: its decoder is autoregressive; give one with a hybrid decoder")
     layout = policy.processor.layout
     think = [i for i in thought_ids if i != layout.vocabulary.action_start_id]
     parts = [layout.prompt(str(observation["instruction"])), think, layout.act_block()]
@@ -67,7 +73,7 @@ def attention_maps(policy: "Policy", batch: Batch) -> Tensor:
     Returns:
         (layers, heads, T, T), queries by keys; every row of keys sums to 1.
     """
-    model, was_training = policy.model, policy.model.training
+    model = policy.model
     text: Any = model.config.text_config
     kernel = text._attn_implementation
     mask_TT = allowed(policy, batch)
@@ -75,7 +81,6 @@ def attention_maps(policy: "Policy", batch: Batch) -> Tensor:
         embeddings_BTD = model.embed(batch)
         bias_TT = torch.zeros(mask_TT.shape, dtype=embeddings_BTD.dtype)
         bias_TT.masked_fill_(~mask_TT, torch.finfo(embeddings_BTD.dtype).min)
-        model.eval()
         model.set_attn_implementation({"text_config": "eager"})  # the one that gives its weights away
         try:
             output = model.model.language_model(
@@ -87,7 +92,6 @@ def attention_maps(policy: "Policy", batch: Batch) -> Tensor:
             )
         finally:
             model.set_attn_implementation({"text_config": kernel})
-            model.train(was_training)
     return torch.cat(output.attentions)
 
 

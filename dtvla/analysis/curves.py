@@ -7,9 +7,8 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtvla.analysis.plots import COLOURS, empty_figure, figure_bytes, in_style, logarithmic
+from dtvla.analysis.plots import COLOURS, empty_figure, in_style, logarithmic
 from dtvla.errors import UserError
-from dtvla.rollout.results import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,19 +68,6 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
     half = width // 2
     windows = [values[max(i - half, 0) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
-
-
-def draw_curves(series: Mapping[str, tuple[list[int], list[float]]], path: Path) -> Path | None:
-    """Write the plots of :func:`plot_curves` as a PNG.
-
-    Returns:
-        `path`, or None (and no file) when no known metric is in `series`.
-    """
-    figure = plot_curves(series)
-    if figure is None:
-        return None
-    write_bytes(path, figure_bytes(figure, "png"))
-    return path
 
 
 def plot_curves(

@@ -78,8 +78,8 @@ def cut(text: str) -> str:
     return words if len(words) <= LONGEST else f"{words[:LONGEST]} … ({len(words) - LONGEST} more letters)"
 
 
-def choose(arms: Sequence[Arm], cards: int) -> list[Key]:
-    """Episodes that are worth a look, the most telling first, until all arms together have about `cards` of them.
+def choose(arms: Sequence[Arm], count: int) -> list[Key]:
+    """Up to `count` episodes that are worth a look, the most telling first.
 
     Only filmed episodes and those with thoughts are eligible. Episodes with more films come first, then those that some
     arms solved and others did not, else they come as they were run: success is not preferred. Every task has its turn
@@ -99,26 +99,19 @@ def choose(arms: Sequence[Arm], cards: int) -> list[Key]:
     for key in sorted(eligible, key=rank):
         by_task.setdefault(key[:2], []).append(key)
     turns = {key: turn for keys in by_task.values() for turn, key in enumerate(keys)}
-    chosen: list[Key] = []
-    room = cards
-    for key in sorted(eligible, key=lambda key: (turns[key], rank(key))):
-        if chosen and len(eligible[key]) > room:
-            break
-        chosen.append(key)
-        room -= len(eligible[key])
-    return chosen if cards > 0 else []
+    return sorted(eligible, key=lambda key: (turns[key], rank(key)))[:count]
 
 
-def make_exhibits(arms: Sequence[Arm], cards: int, film_bytes: int) -> list[Exhibit]:
+def make_exhibits(arms: Sequence[Arm], count: int, film_bytes: int) -> list[Exhibit]:
     """Gather the chosen episodes with their films.
 
     Args:
         arms: to choose from.
-        cards: about how many episodes of single arms are shown.
+        count: most episodes, each in all arms that have run it.
         film_bytes: most that the films take together; 0 for none.
     """
     shown: list[tuple[Key, str, Path, EpisodeResult]] = []
-    for key in choose(arms, cards):
+    for key in choose(arms, count):
         for arm in arms:
             shown += [(key, arm.name, run.folder, e) for run, e in arm.episodes if episode_key(e) == key]
     films = [folder / str(e.video) for _, _, folder, e in shown if e.video]

@@ -104,7 +104,7 @@ def read_runs(paths: Paths) -> list[Run]:
             continue
         folders |= {found.parent.resolve(): None for found in sorted(path.rglob(RESULTS_FILE))}
         unfinished |= {found.parent.resolve(): None for found in sorted(path.rglob(RUN_FILE))}
-    names = _short_names([*folders, *(folder for folder in unfinished if folder not in folders)])
+    names = short_names([*folders, *(folder for folder in unfinished if folder not in folders)])
     for folder in unfinished:
         if folder not in folders:
             say(f"{names[folder]} is not finished and left out; the same dtvla evaluate continues it")
@@ -249,8 +249,9 @@ def _arms(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _part(name: str, value: Any) -> str:
-    spoken = name.rpartition(".")[2].replace("_", " ")
-    return _shown(value) if name == "decoder" and value is not None else f"{spoken} {_shown(value)}"
+    if name == "decoder":
+        return f"decoder {NOT_RECORDED}" if value is None else str(value)
+    return f"{name.rpartition('.')[2].replace('_', ' ')} {_shown(value)}"
 
 
 def _checkpoint(facts: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
@@ -284,7 +285,7 @@ def _listed(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(known[:most]) + rest
 
 
-def _short_names(folders: Sequence[Path]) -> dict[Path, str]:
+def short_names(folders: Sequence[Path]) -> dict[Path, str]:
     """For each folder its name, with as many parents as tell it from the others."""
     depths = dict.fromkeys(folders, 1)
     while True:

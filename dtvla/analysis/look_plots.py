@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dtvla.analysis.plots import COLOURS, HATCHES, INK, MARKERS, in_style, legend_above, new_figure
+from dtvla.analysis.plots import COLOURS, HATCHES, INK, MARKERS, empty_figure, in_style, legend_above, new_figure
 from dtvla.analysis.timings import TOTAL
 from dtvla.errors import UserError
 
@@ -26,8 +26,7 @@ def plot_pattern(matrices: "Mapping[str, np.ndarray]", parts: Mapping[str, slice
     """
     import numpy as np
 
-    figure, first = new_figure(4.4 * len(matrices), 4.4)
-    first.remove()
+    figure = empty_figure(4.4 * len(matrices), 4.4)
     middles = [(part.start + part.stop - 1) / 2 for part in parts.values()]
     panels = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
     for axes, (title, matrix_TT) in zip(panels, matrices.items(), strict=True):
@@ -56,8 +55,7 @@ def plot_mass(mass: "pd.DataFrame") -> "Figure":
     mean = mass.groupby(["query", "layer", "source"], sort=False)[["share", "even"]].mean().reset_index()
     sources, queries = list(dict.fromkeys(mean["source"])), list(dict.fromkeys(mean["query"]))
     layers = sorted(set(mean["layer"]))
-    figure, first = new_figure(7.0, 3.0)
-    first.remove()
+    figure = empty_figure(7.0, 3.0)
     for axes, query in zip(figure.subplots(1, len(queries), sharey=True, squeeze=False)[0], queries, strict=True):
         rows = mean[mean["query"] == query]
         table = rows.pivot(index="layer", columns="source", values="share").loc[layers]
@@ -86,8 +84,7 @@ def plot_sensitivity(moved: "pd.DataFrame") -> "Figure":
     """
     changes = list(dict.fromkeys(moved["change"]))
     labels = {"distance": "total variation of an action token", "shift": "move of the action, half ranges"}
-    figure, first = new_figure(7.2, 0.9 + 0.36 * len(changes))
-    first.remove()
+    figure = empty_figure(7.2, 0.9 + 0.36 * len(changes))
     for axes, (column, label) in zip(figure.subplots(1, len(labels), sharey=True), labels.items(), strict=True):
         for place, change in enumerate(changes):
             values = moved.loc[moved["change"] == change, column]
@@ -168,8 +165,7 @@ def plot_moments(pictures: "Sequence[np.ndarray]", captions: Sequence[str], colu
         columns: pictures in a row.
     """
     rows = -(-len(pictures) // columns)
-    figure, first = new_figure(2.1 * columns, 2.9 * rows)
-    first.remove()
+    figure = empty_figure(2.1 * columns, 2.9 * rows)
     for axes, picture, caption in zip(
         figure.subplots(rows, columns, squeeze=False).flat, pictures, captions, strict=False
     ):

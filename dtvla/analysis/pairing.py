@@ -5,50 +5,72 @@ an unpaired comparison would need several times as many episodes to see the same
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dtvla.analysis.intervals import Rate, wilson
+from dtvla.analysis.intervals import Rate, clustered_wilson, design_effect, wilson
 from dtvla.errors import UserError
 from dtvla.rollout.results import EpisodeResult, Key, Results, episode_key
 
 # Settings that two evaluations are made to differ in, and those that pairing by key takes care of.
 SUBJECT = ("checkpoint_sha256", "cot", "compat", "quantize")
 SELECTION = ("suite", "task_ids", "init_states", "seed")
+COMPUTED_ON = ("device", "dtype")  # recorded beside the settings
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Outcomes of pairs of episodes.
+    """Outcomes of pairs of episodes; those of an init state with other seeds are not independent of each other.
 
     Attributes:
-        both: pairs in which A and B succeeded.
-        only_a: pairs in which only A succeeded.
-        only_b: pairs in which only B succeeded.
-        neither: pairs in which both failed.
+        states: for each init state, in how many of its pairs both succeeded, only A, only B, neither.
     """
 
-    both: int
-    only_a: int
-    only_b: int
-    neither: int
+    states: tuple[tuple[int, int, int, int], ...]
+
+    @cached_property
+    def counts(self) -> tuple[int, int, int, int]:
+        """Of all pairs: both succeeded, only A, only B, neither."""
+        both, only_a, only_b, neither = map(sum, zip(*self.states, strict=True))
+        return both, only_a, only_b, neither
+
+    @property
+    def both(self) -> int:
+        """Pairs in which A and B succeeded."""
+        return self.counts[0]
+
+    @property
+    def only_a(self) -> int:
+        """Pairs in which only A succeeded."""
+        return self.counts[1]
+
+    @property
+    def only_b(self) -> int:
+        """Pairs in which only B succeeded."""
+        return self.counts[2]
+
+    @property
+    def neither(self) -> int:
+        """Pairs in which both failed."""
+        return self.counts[3]
 
     @property
     def pairs(self) -> int:
         """Number of pairs."""
-        return self.both + self.only_a + self.only_b + self.neither
+        return sum(self.counts)
 
     @cached_property
     def rate_a(self) -> Rate:
         """Success rate of A with its Wilson interval."""
-        return wilson(self.both + self.only_a, self.pairs)
+        return clustered_wilson([(both + a, sum(state)) for state in self.states for both, a, _, _ in [state]])
 
     @cached_property
     def rate_b(self) -> Rate:
         """Success rate of B with its Wilson interval."""
-        return wilson(self.both + self.only_b, self.pairs)
+        return clustered_wilson([(both + b, sum(state)) for state in self.states for both, _, b, _ in [state]])
 
     @property
     def difference(self) -> float:
@@ -62,9 +84,12 @@ class Paired:
         Method 10 of R. G. Newcombe, "Improved confidence intervals for the difference between binomial proportions
         based on paired data", Statistics in Medicine 17 (1998): the distances from both rates to the ends of their
         Wilson intervals, added as sides of a triangle whose angle is the correlation of the outcomes. It stays inside
-        [-1, 1] and has a width when the pairs all agree, which the bootstrap has not.
+        [-1, 1] and has a width when the pairs all agree, which the bootstrap has not. Several seeds of an init state
+        count for fewer pairs by their design effect.
         """
-        a, b, phi = self.rate_a, self.rate_b, self._correlation()
+        effect = design_effect(self._changes, list(map(sum, self.states)), self.only_a + self.only_b)
+        a, b = (wilson(rate.successes, self.pairs, design_effect=effect) for rate in (self.rate_a, self.rate_b))
+        phi = self._correlation(effect)
 
         def side(one: float, other: float) -> float:
             return math.sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2))
@@ -75,32 +100,33 @@ class Paired:
 
     @cached_property
     def p_value(self) -> float:
-        """Two-sided p-value of McNemar's test, exact: given the pairs that disagree, either side is as likely.
-
-        The binomial tail is summed here because importing ``scipy.stats`` takes longer than the whole command.
-        """
-        pairs = self.only_a + self.only_b
-        tail = sum(math.comb(pairs, k) for k in range(min(self.only_a, self.only_b) + 1))
-        return min(1.0, 2 * tail / 2**pairs)
+        """Two-sided p-value of McNemar's exact test, or of its generalisation to several seeds, see `flip_test`."""
+        return flip_test(self._changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Counts, both rates, the difference with its interval, and the p-value, for JSON."""
         low, high = self.interval
         return {
-            **asdict(self),
+            **dict(zip(("both", "only_a", "only_b", "neither"), self.counts, strict=True)),
             "pairs": self.pairs,
+            "init_states": len(self.states),
             "a": self.rate_a.to_dict(),
             "b": self.rate_b.to_dict(),
             "difference": {"value": self.difference, "low": low, "high": high},
             "p_value": self.p_value,
         }
 
-    def _correlation(self) -> float:
+    @cached_property
+    def _changes(self) -> list[int]:
+        """Successes of B minus those of A on every init state."""
+        return [only_b - only_a for _, only_a, only_b, _ in self.states]
+
+    def _correlation(self, effect: float) -> float:
         """Correlation of the outcomes with Newcombe's continuity correction; 0 when a policy always does the same."""
         product = self.both * self.neither - self.only_a * self.only_b
         successes_a, successes_b = self.rate_a.successes, self.rate_b.successes
         margins = successes_a * (self.pairs - successes_a) * successes_b * (self.pairs - successes_b)
-        corrected = max(0.0, product - self.pairs / 2) if product > 0 else product
+        corrected = max(0.0, product - effect * self.pairs / 2) if product > 0 else product
         return corrected / math.sqrt(margins) if margins else 0.0
 
 
@@ -141,12 +167,34 @@ class Comparison:
         }
 
 
-def tally(outcomes: Iterable[tuple[bool, bool]]) -> Paired:
-    """Count pairs of outcomes (A succeeded, B succeeded)."""
-    counts = {(a, b): 0 for a in (True, False) for b in (True, False)}
-    for a, b in outcomes:
-        counts[a, b] += 1
-    return Paired(counts[True, True], counts[True, False], counts[False, True], counts[False, False])
+def tally(outcomes: Mapping[Key, tuple[bool, bool]]) -> Paired:
+    """Count pairs of outcomes, (A succeeded, B succeeded) for the key of every episode."""
+    states: dict[tuple[str, int, int], list[int]] = {}
+    for (suite, task_id, init_state, _), (a, b) in outcomes.items():
+        states.setdefault((suite, task_id, init_state), [0, 0, 0, 0])[2 * (not a) + (not b)] += 1
+    return Paired(tuple((both, a, b, neither) for both, a, b, neither in states.values()))
+
+
+def flip_test(differences: Iterable[int]) -> float:
+    """Two-sided p-value of the sum of whole numbers when each is as likely to have the other sign; exact.
+
+    With differences of -1, 0 and 1 it is McNemar's exact test. With several seeds on one init state, a difference is
+    the sum of theirs, so that they are exchanged together: they are not independent of each other.
+    (R. A. Fisher's randomisation test of paired differences, "The Design of Experiments", 1935.)
+
+    Args:
+        differences: successes of B minus those of A, for each init state.
+    """
+    sizes = [int(d) for d in differences if d]
+    ways = Counter({0: 1})
+    for size in sizes:
+        both: Counter[int] = Counter()
+        for total, count in ways.items():
+            both[total + size] += count
+            both[total - size] += count
+        ways = both
+    extreme = sum(count for total, count in ways.items() if abs(total) >= abs(sum(sizes)))
+    return extreme / 2 ** len(sizes)
 
 
 def compare(a: Results, b: Results) -> Comparison:
@@ -165,8 +213,8 @@ def compare(a: Results, b: Results) -> Comparison:
     outcomes = {key: (episodes_a[key].success, episodes_b[key].success) for key in common}
     tasks = list(dict.fromkeys(key[:2] for key in common))
     return Comparison(
-        total=tally(outcomes.values()),
-        tasks={task: tally(pair for key, pair in outcomes.items() if key[:2] == task) for task in tasks},
+        total=tally(outcomes),
+        tasks={task: tally({k: pair for k, pair in outcomes.items() if k[:2] == task}) for task in tasks},
         instructions={key[:2]: episodes_a[key].instruction for key in common},
         only_in_a=len(episodes_a) - len(common),
         only_in_b=len(episodes_b) - len(common),
@@ -191,8 +239,9 @@ def _warnings(a: Results, b: Results) -> list[str]:
 
 
 def _surroundings(results: Results) -> dict[str, Any]:
-    """What should be equal on both sides: simulation settings and versions of packages."""
+    """What should be equal on both sides: simulation settings, device, type of numbers, versions of packages."""
     settings = {k: v for k, v in results.settings.items() if k not in (*SUBJECT, *SELECTION)}
+    settings |= {name: results.provenance.get(name) for name in COMPUTED_ON}
     versions = results.provenance.get("versions", {})
     return {**settings, **{f"version of {package}": version for package, version in versions.items()}}
 

@@ -161,7 +161,7 @@ def plot_differences(compared: "pd.DataFrame", arms: Sequence[str] = ()) -> "Fig
     parts = list(compared.columns[: list(compared.columns).index("arm")])
     baseline = compared["baseline"].iloc[0]
     styles = arm_styles(list(dict.fromkeys([*arms, baseline, *_arms(compared)])))
-    figure, axes = new_figure(4.8, 1.0 + 0.36 * len(compared))
+    figure, axes = new_figure(4.4, 1.0 + 0.36 * len(compared))
     errors = _errors(compared.assign(rate=compared["difference"]))
     for place, row in enumerate(compared.to_dict("records")):
         style = styles[row["arm"]]
@@ -187,7 +187,7 @@ def plot_latency(decisions: "pd.DataFrame") -> "Figure":
         raise UserError("latency: no decision was timed; evaluate with this dtvla")
     styles = arm_styles(_arms(timed))
     times = [timed.loc[timed["arm"] == arm, "latency_ms"] for arm in styles]
-    figure, axes = new_figure(4.8, 1.0 + 0.42 * len(styles))
+    figure, axes = new_figure(4.4, 1.0 + 0.42 * len(styles))
     shape: Any = {"whis": (1, 99), "widths": 0.6, "showfliers": False, "patch_artist": True}
     middle = {"color": INK, "linewidth": 2}
     boxes = axes.boxplot(times, positions=range(len(times)), orientation="horizontal", medianprops=middle, **shape)
@@ -215,7 +215,7 @@ def plot_over_time(course: "pd.DataFrame", unit: str = "tokens of a thought") ->
         unit: what is drawn, for the axis.
     """
     styles = arm_styles(_arms(course))
-    figure, axes = new_figure(4.8, 3.0)
+    figure, axes = new_figure(4.4, 3.0)
     for arm, style in styles.items():
         rows = course[course["arm"] == arm]
         axes.plot(

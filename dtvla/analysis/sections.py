@@ -1,92 +1,63 @@
-"""The sections of an HTML report: words, figures and tables, ready for its template."""
+"""The sections of a report about evaluations, and all that it holds."""
 
-import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtvla.analysis.ablation import compare_arms, success_rates
 from dtvla.analysis.agreement import agreement
-from dtvla.analysis.curves import PANELS, plot_curves, read_metrics
-from dtvla.analysis.frames import KEY
-from dtvla.analysis.plots import (
-    figure_bytes,
-    plot_differences,
-    plot_latency,
-    plot_over_time,
-    plot_success,
-    plot_tasks,
-)
-from dtvla.analysis.report import MODE_WORDS, collection_facts, dataset_folder, phase_seconds, read_facts, shared_states
-from dtvla.analysis.sources import METRICS_FILE, Arm
-from dtvla.analysis.tables import duration, known_facts, number_columns
+from dtvla.analysis.contents import Contents, Picture, Section, Table
+from dtvla.analysis.facts import MODE_WORDS, demonstration_facts
+from dtvla.analysis.frames import KEY, check_poolable, decision_frame, say
+from dtvla.analysis.plots import plot_differences, plot_latency, plot_over_time, plot_success, plot_tasks
+from dtvla.analysis.run_sections import demonstrations_section, facts_section, training_section
+from dtvla.analysis.sources import Arm, Sources
 from dtvla.analysis.tabulate import crossed_success_table, difference_table, number_table, p_value, success_table
-from dtvla.analysis.thinking import latency_quantiles, over_time, thought_lengths
+from dtvla.analysis.thinking import check_hardware, latency_quantiles, over_time, thought_lengths
 from dtvla.errors import UserError
+from dtvla.rollout.results import now
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 SIGNIFICANT = 0.05
-PIXELS_PER_INCH = 96  # CSS's definition
-LEAST_SCALE = 0.8  # figures become no smaller than this on a phone, where they can be scrolled instead
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells of text; `numbers` are the columns that stand to the right."""
+def make_contents(sources: Sources, title: str, dataset: str | None = None) -> Contents:
+    """Gather what a report says.
 
-    header: list[str]
-    rows: list[list[str]]
+    Args:
+        sources: what it is about.
+        title: of the page.
+        dataset: folder of the demonstrations; None: the one that a training run's configuration names.
 
-    @property
-    def numbers(self) -> list[bool]:
-        """For each column whether it holds numbers."""
-        return number_columns(self.header, self.rows)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure as the address of an SVG that holds it, the words for those who do not see it, and pixels."""
-
-    address: str
-    words: str
-    least_width: int
-
-
-@dataclass(frozen=True)
-class Section:
-    """A section of the page: sentences, pictures and tables below a heading, and a note on how to read them.
-
-    Attributes:
-        name: its address in the page.
-        title: its heading.
-        sentences: what is found.
-        pictures: figures.
-        tables: shown below them.
-        note: how to read them.
-        command: what repeats it, or None.
-        facts: names and values.
+    Raises:
+        UserError: a file of a training run is damaged, or the dataset is none.
     """
+    warnings, results, measured = _evaluated(sources)
+    runs = [run for arm in sources.arms for run in arm.runs]
+    for name, folder in sources.trainings.items():
+        measured.append(training_section(name, folder))
+        if collected := demonstration_facts(folder, dataset):
+            measured.append(demonstrations_section(name, collected, runs))
+    made = now().replace("T", " ").replace("+00:00", " UTC")
+    behind = [facts_section(run) for run in runs]
+    return Contents(title, made, arm_rows(sources.arms), warnings, results, measured, behind)
 
-    name: str
-    title: str
-    sentences: list[str] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    note: str = ""
-    command: str | None = None
-    facts: list[tuple[str, str]] = field(default_factory=list)
 
-
-def picture(figure: "Figure", words: str) -> Picture:
-    """The figure, ready for the page."""
-    content = base64.b64encode(figure_bytes(figure, "svg")).decode()
-    width = round(LEAST_SCALE * PIXELS_PER_INCH * figure.get_figwidth())
-    return Picture(f"data:image/svg+xml;base64,{content}", words, width)
+def _evaluated(sources: Sources) -> tuple[list[str], list[Section], list[Section]]:
+    """What stands against comparing the arms, the sections of their success, and those of thoughts and latency."""
+    if sources.frame is None:
+        return [], [], []
+    decisions = decision_frame([run for arm in sources.arms for run in arm.runs])
+    warnings = check_poolable(sources.frame)
+    for sentence in warnings if len(sources.arms) == 1 else []:  # else the comparison says them
+        say(sentence)
+    success, *parts = success_sections(sources.frame)
+    results = [success, differences_section(sources.frame), *parts]
+    measured = [thoughts_section(decisions), latency_section(decisions)]
+    warnings += check_hardware(decisions[decisions["latency_ms"].notna()])
+    return warnings, [s for s in results if s], [s for s in measured if s]
 
 
 def arm_rows(arms: Sequence[Arm]) -> list[tuple[str, int, str]]:
@@ -107,16 +78,16 @@ def success_sections(frame: "pd.DataFrame") -> list[Section]:
         Section(
             "success",
             "Success in LIBERO",
-            pictures=[picture(plot_success(totals), "success of every arm")],
+            pictures=[Picture(plot_success(totals), "success of every arm")],
             tables=[Table(*success_table(totals))],
-            note="Intervals are Wilson's.",
+            note="Intervals are Wilson's, with the seeds of an init state taken together.",
         )
     ]
     if frame["suite"].nunique() > 1:
         suites = success_rates(frame, ["suite", "arm"])
-        drawn = picture(plot_success(suites, "suite"), "success of every arm in every suite")
+        drawn = Picture(plot_success(suites, "suite"), "success of every arm in every suite")
         found.append(Section("suites", "By suite", [], [drawn], [Table(*crossed_success_table(suites, "arm"))]))
-    drawn = picture(plot_tasks(tasks), "success of every arm in every task")
+    drawn = Picture(plot_tasks(tasks), "success of every arm in every task")
     found.append(Section("tasks", "By task", [], [drawn], [Table(*crossed_success_table(tasks, "arm"))]))
     return found
 
@@ -144,11 +115,12 @@ def differences_section(frame: "pd.DataFrame") -> Section | None:
         "differences",
         title,
         said + [_verdict(row) for row in compared.to_dict("records")],
-        [picture(plot_differences(compared, arms), f"differences from {arms[0]} with their intervals")],
+        [Picture(plot_differences(compared, arms), f"differences from {arms[0]} with their intervals")],
         [Table(*difference_table(compared))],
-        "Differences in percentage points. Intervals come from the paired bootstrap, stratified by task, and have no "
-        "width when all pairs agree. lost:won are the pairs that only the baseline, and only the arm, solved; p is "
-        "McNemar's, exact, with the seeds of an init state taken together, and Holm's correction is for all rows.",
+        "Differences in percentage points. Intervals come from the paired bootstrap, stratified by task, or from "
+        "Newcombe's method where the pairs of every task agree. lost:won are the pairs that only the baseline, and "
+        "only the arm, solved; p is McNemar's, exact, with the seeds of an init state taken together, and Holm's "
+        "correction is for all rows.",
     )
 
 
@@ -158,7 +130,7 @@ def thoughts_section(decisions: "pd.DataFrame") -> Section | None:
     if written.empty:
         return None
     course = over_time(written)
-    pictures = [] if course.empty else [picture(plot_over_time(course), "length of thoughts over the episode")]
+    pictures = [] if course.empty else [Picture(plot_over_time(course), "length of thoughts over the episode")]
     note = "Only episodes that are not yet solved reach the late steps; those that fewer than 5 reached are not drawn."
     tables = [Table(*number_table(thought_lengths(written, quantiles=QUANTILES[:3]), 1))]
     agreed = _agreement(decisions)
@@ -179,62 +151,10 @@ def latency_section(decisions: "pd.DataFrame") -> Section | None:
     return Section(
         "latency",
         "Time of a decision",
-        pictures=[picture(plot_latency(timed), "milliseconds of a decision in every arm")],
+        pictures=[Picture(plot_latency(timed), "milliseconds of a decision in every arm")],
         tables=[Table(*number_table(latency_quantiles(timed, quantiles=QUANTILES), 0))],
         note="A batched decision counts in full for each of its episodes.",
     )
-
-
-def training_section(run: Path, dataset: str | None, arms: Sequence[Arm]) -> Section:
-    """Curves and facts of a training run and its demonstrations.
-
-    Raises:
-        UserError: a file of the run is damaged, or the dataset is none.
-    """
-    series = read_metrics(run / METRICS_FILE)
-    facts = read_facts(run / "result.json")
-    collected = collection_facts(dataset_folder(run, dataset))
-    request = collected.get("request", {})
-    figures = {panel.title: plot_curves(series, [panel]) for panel in PANELS}
-    last = [
-        [name, str(steps[-1]), f"{values[-1]:.4g}"]
-        for name, (steps, values) in series.items()
-        if name.startswith(("val/", "rollout/", "sampled/success", "sampled/reward"))
-    ]
-    known = {
-        "optimiser steps": facts.get("steps"),
-        "parameters": facts.get("parameters"),
-        "time": None if (seconds := phase_seconds(facts)) is None else duration(seconds),
-        "demonstrations kept": collected.get("episodes"),
-        "demonstrations tried": collected.get("attempts"),
-        "their rendering": request.get("render"),
-        "their init states": request.get("init_states"),
-    }
-    return Section(
-        f"training-{run.name}",
-        f"Training of {run.name}",
-        shared_states(request.get("init_states") or [], [evaluated for arm in arms for evaluated in arm.runs]),
-        [picture(figure, title) for title, figure in figures.items() if figure is not None],
-        [Table(["measured", "step", "last value"], last)] if last else [],
-        command=facts.get("command"),
-        facts=known_facts(known),
-    )
-
-
-def facts_sections(arms: Sequence[Arm]) -> list[Section]:
-    """What is behind every evaluation: command, policy, settings, machine and versions."""
-    found = []
-    for run in (run for arm in arms for run in arm.runs):
-        provenance = run.results.provenance
-        known = {
-            **run.results.settings,
-            **{k: provenance.get(k) for k in ("device", "dtype", "started", "resumed")},
-            "seconds since last start": phase_seconds(provenance),
-            **provenance.get("machine", {}),
-            **provenance.get("versions", {}),
-        }
-        found.append(Section("", run.name, command=provenance.get("command"), facts=known_facts(known)))
-    return found
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
@@ -256,6 +176,8 @@ def _agreement(decisions: "pd.DataFrame") -> Table | None:
         return None
     kinds = {"next": "what comes next", "state": "the gripper now"}
     parts = [agreement(told, about=about).assign(about=words) for about, words in kinds.items()]
+    order = list(dict.fromkeys(told["arm"]))
     table = pd.concat(parts, ignore_index=True).query("spoken > 0")
+    table = table.sort_values("arm", key=lambda arms: arms.map(order.index), kind="stable")
     table.insert(1, "the thought speaks of", table.pop("about"))
     return None if table.empty else Table(*number_table(table))

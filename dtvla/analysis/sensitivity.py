@@ -26,12 +26,7 @@ def action_log_probs(policy: "Policy", batch: Batch) -> Tensor:
 
     Returns:
         float64 (S * D, K), a row for each action token, bins in ascending order.
-
-    Raises:
-        UserError: the decoder is autoregressive, so that the distributions depend on the actions before.
     """
-    if policy.model.autoregressive:
-        raise UserError("checkpoint: its decoder is autoregressive; give one with a hybrid decoder")
     layout, bins = policy.processor.layout, policy.processor.layout.bins
     with torch.no_grad():
         hidden_TD = policy.model.encode(batch)[0]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtvla.analysis.frames import Run, episode_frame, mode_place, read_runs
+from dtvla.analysis.frames import Run, episode_frame, mode_place, read_runs, short_names
 from dtvla.errors import UserError
 from dtvla.rollout.results import RESULTS_FILE, EpisodeResult
 
@@ -38,12 +38,12 @@ class Sources:
     """What a page is about.
 
     Attributes:
-        trainings: folders of training runs, those with ``metrics.csv``.
+        trainings: folders of training runs, those with ``metrics.csv``, by names that tell them apart.
         arms: finished evaluations; the first arm is the one that the others are compared with.
         frame: a row for each episode of all arms, see :mod:`dtvla.analysis.frames`; None without evaluations.
     """
 
-    trainings: list[Path]
+    trainings: dict[str, Path]
     arms: list[Arm]
     frame: "pd.DataFrame | None"
 
@@ -76,7 +76,8 @@ def find_sources(folders: Sequence[Path], evaluations_root: Path) -> Sources:
         places = [place for run in trainings if _has_results(place := evaluations_root / run.name)]
     runs = sorted(read_runs(places), key=lambda run: (_place(run, places), mode_place(run))) if places else []
     frame = episode_frame(runs) if runs else None
-    return Sources(list(trainings), [] if frame is None else _arms(runs, frame), frame)
+    named = {name: run for run, name in short_names(list(trainings)).items()}
+    return Sources(named, [] if frame is None else _arms(runs, frame), frame)
 
 
 def _arms(runs: Sequence[Run], frame: "pd.DataFrame") -> list[Arm]:

@@ -1,6 +1,6 @@
 """A strip of pictures from a filmed episode, each with the thought that the policy had there."""
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dtvla.errors import UserError
-from dtvla.rollout.results import EpisodeResult
+from dtvla.rollout.results import EpisodeResult, write_bytes
 from dtvla.sim.film import (
     BACKGROUND,
     FAILURE,
@@ -101,8 +101,7 @@ def draw_strip(episode: EpisodeResult, pictures: Sequence[Image.Image], path: Pa
         letters, lines = fit(texts[place], width, TEXT_HEIGHT - 40, size_of_all)
         for number, line in enumerate(lines):
             draw.text((x, y + height + 36 + number * line_pitch(letters)), line, THOUGHT_INK, letters)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
-    canvas.save(temporary)
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    canvas.save(content, "PNG")
+    write_bytes(path, content.getvalue())
     return path

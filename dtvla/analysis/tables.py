@@ -4,10 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dtvla.analysis.intervals import Rate
-
-BAR_CELLS = 20
-
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in GitHub's Markdown, padded so that it also reads well as plain text.
@@ -72,17 +68,6 @@ def known_facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         elif value not in (None, [], ""):
             found.append((name.replace("_", " "), _words(value)))
     return found
-
-
-def percent_interval(rate: Rate) -> str:
-    """The interval in percent: ``91.8 - 95.9``."""
-    return f"{100 * rate.low:.1f} - {100 * rate.high:.1f}"
-
-
-def success_bars(rate: Rate) -> str:
-    """The rate as a bar of twenty block characters."""
-    full = round(BAR_CELLS * rate.share)
-    return "█" * full + "░" * (BAR_CELLS - full)
 
 
 def duration(seconds: float) -> str:

@@ -98,7 +98,7 @@ def _interval(row: Mapping[str, Any], low: str, high: str, *, signed: bool = Fal
 
 
 def _heading(name: str) -> str:
-    spoken = name.rpartition(".")[2].replace("_id", "").replace("_", " ")
+    spoken = name.rpartition(".")[2].replace("_", " ")
     for unit in (" ms", " tokens"):
         if spoken.endswith(unit):
             return f"{spoken.removesuffix(unit)}, {unit.strip()}"

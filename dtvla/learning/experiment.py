@@ -136,7 +136,7 @@ def _trainer(cfg: DictConfig) -> Trainer:
     if trainer.world_size > 1 and by_joblib():  # Lightning would repeat the command line of a joblib process
         raise UserError(
             f"trainer.devices: {trainer.world_size} processes for one job, but hydra/launcher=joblib starts one; "
-            "use hydra/launcher=basic or submitit_slurm"
+            "use hydra/launcher=submitit_slurm, or a command of its own for each training"
         )
     return trainer
 
@@ -189,7 +189,8 @@ def _result(
 def _run_folder(cfg: DictConfig) -> RunFolder:
     """``<paths.runs>/<name>``; in a multirun every job has a folder of its own, named by what the multirun varies."""
     path = Path(str(cfg.paths.runs)) / str(cfg.name)
-    others = {key: value for key, value in varied().items() if value != path.name}  # but for name, experiment
+    named = ("name", "+experiment")  # most experiments bring a name that is theirs
+    others = {key: value for key, value in varied().items() if key not in named or value != path.name}
     return RunFolder(path.with_name(f"{path.name}-{name_of(others)}") if others else path)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dtvla.cli import command_line
 from dtvla.cores import positive, worker_count
 from dtvla.errors import UserError
-from dtvla.jobs import neighbours
+from dtvla.jobs import jobs_at_a_time
 from dtvla.rollout import journal
 from dtvla.rollout import results as records
 from dtvla.rollout.plan import Plan, make_plan
@@ -169,7 +169,7 @@ def _crew(cfg: "DictConfig", plan: Plan, ranks: Ranks, episodes: int, before: Ma
     conditions = {"versions": records.versions(), "device": device.type, "dtype": type_name(dtype)}
     if before is not None:
         _refuse_other_conditions(plan.output, before, conditions)
-    workers = worker_count(cfg.workers, episodes, ranks.local_count * neighbours())
+    workers = worker_count(cfg.workers, episodes, ranks.local_count * jobs_at_a_time())
     policy = _load_policy(cfg, plan.checkpoint, device, dtype)
     cot = CotMode.from_config(plan.settings["cot"])
     return _Crew(policy, cot, _batch_size(cfg.batch_size, policy), workers, conditions)

@@ -16,8 +16,6 @@ from dtvla.sim.suites import Task, get_tasks, step_limit
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-NAMED = ("checkpoint", "env", "env.suite", "cot", "cot.mode")  # settings that every results folder is named by
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -127,6 +125,8 @@ def _output(cfg: "DictConfig") -> Path:
             return output
         return output / name_of(arm)
     folder = Path(str(cfg.checkpoint)).expanduser().resolve()  # of a hub id, OWNER/NAME, the last part is a name too
-    others = name_of({key: value for key, value in arm.items() if key not in NAMED})
-    name = f"{cfg.env.suite}-{cfg.cot.mode}" + (f"-{others}" if others else "")
+    suite, mode = str(cfg.env.suite), str(cfg.cot.mode)
+    said = {"env": suite, "env.suite": suite, "cot": mode, "cot.mode": mode}
+    others = name_of({key: value for key, value in arm.items() if key != "checkpoint" and said.get(key) != value})
+    name = f"{suite}-{mode}" + (f"-{others}" if others else "")
     return Path(str(cfg.paths.root)) / "evaluations" / policy_name(folder) / name

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtvla.analysis.intervals import Rate, wilson
+from dtvla.analysis.intervals import Rate, clustered_wilson
 from dtvla.cores import usable_cores
 from dtvla.errors import UserError
 
@@ -146,9 +146,11 @@ def episode_key(episode: "EpisodeResult | EpisodeSpec") -> Key:
 
 
 def rate_of(episodes: Iterable[EpisodeResult]) -> Rate:
-    """Success rate with its 95 % Wilson interval of at least one episode."""
-    outcomes = [e.success for e in episodes]
-    return wilson(sum(outcomes), len(outcomes))
+    """Success rate of at least one episode with its 95 % Wilson interval; seeds of an init state belong together."""
+    states: dict[tuple[str, int, int], list[bool]] = {}
+    for e in episodes:
+        states.setdefault((e.suite, e.task_id, e.init_state), []).append(e.success)
+    return clustered_wilson([(sum(outcomes), len(outcomes)) for outcomes in states.values()])
 
 
 def versions() -> dict[str, str]:

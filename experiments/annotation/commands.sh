@@ -11,6 +11,6 @@ D=outputs/data/libero_goal_1 A=outputs/annotations
 dtvla annotate dataset=$D output=$A/keys frames=key keyframes.midpoints_beyond=8
 dtvla review dataset=$A/keys
 dtvla annotate dataset=$A/keys output=$A/reviewed annotator=none decisions=$A/keys.decisions.jsonl
-dtvla train +experiment=annotator_nano data.root=$A/reviewed
+dtvla train +experiment=annotator_nano data.root=$A/reviewed resume=true
 dtvla annotate dataset=$A/keys output=$A/all annotator=policy annotator.checkpoint=outputs/runs/annotator_nano/policy decisions=$A/keys.decisions.jsonl
 python tools/measure_annotator.py $A/all $A/libero_goal_1

@@ -13,6 +13,10 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from dtvla.analysis.exhibits import make_exhibits
+from dtvla.analysis.html import html_page
+from dtvla.analysis.sections import make_contents
+from dtvla.analysis.sources import Sources
 from dtvla.rollout.results import EpisodeResult, Results, Thought, write_results
 from dtvla.sim.film import Caption, Film
 
@@ -80,21 +84,26 @@ def write_training(folder: Path) -> None:
             writer.writerow([step, 3 / step + rng.random(), 4 / step if step % 100 == 0 else "", "nan"])
     data = folder.parent / "data" / "meta"
     data.mkdir(parents=True)
-    (data / "collection.json").write_text(json.dumps({"request": {"init_states": [5, 6, 7, 40]}, "episodes": 4}))
+    request = {"suite": "libero_goal", "task_ids": [1], "init_states": [5, 6, 7, 40]}
+    (data / "collection.json").write_text(json.dumps({"request": request, "episodes": 4}))
     (folder / "config.yaml").write_text(f"data:\n  root: {data.parent}\n")
     (folder / "result.json").write_text(json.dumps({"steps": 899, "seconds": 372.0, "command": "dtvla train"}))
+
+
+def render(sources: Sources, title: str, episodes: int, films_mb: float) -> str:
+    """The page with up to so many single episodes, and megabytes of their films."""
+    exhibits = make_exhibits(sources.arms, episodes, round(films_mb * 1e6))
+    return html_page(make_contents(sources, title), exhibits)
 
 
 def config(root: Path, *folders: Path, **changes: object) -> DictConfig:
     """The settings of conf/report.yaml."""
     settings = {
         "folders": [str(folder) for folder in folders],
-        "run": "???",
-        "evaluations": None,
         "dataset": None,
         "output": None,
         "title": None,
-        "episodes": 6,
+        "episodes": 4,
         "films_mb": 8,
     }
     return OmegaConf.create({**settings, **changes, "paths": {"root": str(root)}})

@@ -81,7 +81,7 @@ def test_chance_is_what_a_permutation_gives_and_the_interval_holds_the_share() -
     shares = []
     for _ in range(60):
         spoken["gripper"] = rng.permutation(spoken["gripper"].to_numpy())
-        shares.append(agreement(spoken, n_boot=100)["share"].iloc[0])
+        shares.append(agreement(spoken)["share"].iloc[0])
     assert row["chance"] == pytest.approx(np.mean(shares), abs=4 * np.std(shares) / np.sqrt(60))
     assert row["kappa"] == pytest.approx((row["share"] - row["chance"]) / (1 - row["chance"]))
 

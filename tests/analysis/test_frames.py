@@ -107,11 +107,13 @@ def test_arms_name_decoder_checkpoint_and_options() -> None:
         a=evaluation([episode(0, 0, True)]),
         b=evaluation([episode(0, 0, True)], provenance=auto, checkpoint_sha256="cd" * 32),
         c=evaluation([episode(0, 0, True)], cot={"mode": "think", "temperature": 0.0, "max_tokens": 64}),
+        d=evaluation([episode(0, 0, True)], provenance={"decoder": None}),
     )
     assert frame["arm"].tolist() == [
         "base abababababab, hybrid, max tokens none",
         "base cdcdcdcdcdcd, autoregressive, max tokens none",
         "base abababababab, hybrid, max tokens 64",
+        "base abababababab, decoder not recorded, max tokens none",
     ]
 
 

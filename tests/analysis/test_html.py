@@ -16,17 +16,16 @@ from xml.etree import ElementTree
 import av
 import numpy as np
 import pytest
-from html_data import CAMERAS_HW, STEPS, Page, config, write_evaluation, write_training
+from html_data import CAMERAS_HW, STEPS, Page, config, render, write_evaluation, write_training
 from scipy.stats import binomtest
 
 from dtvla.analysis.clips import make_clip
 from dtvla.analysis.exhibits import choose, cut, moments
-from dtvla.analysis.html import Limits, render
+from dtvla.analysis.report import write_report
 from dtvla.analysis.sources import find_sources
 from dtvla.analysis.tabulate import p_value
 from dtvla.errors import UserError
 from dtvla.report import name_folders
-from dtvla.report import run as report
 from dtvla.rollout.journal import begin_run
 from dtvla.rollout.results import Results, Thought, episode_key, write_results
 
@@ -46,7 +45,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(project: Path) -> Page:
-    return Page(render(find_sources([project / "runs" / "nano"], project / "evaluations"), "Nano", Limits(6, 8)))
+    return Page(render(find_sources([project / "runs" / "nano"], project / "evaluations"), "Nano", 6, 8))
 
 
 def results_of(project: Path, mode: str) -> Results:
@@ -64,6 +63,7 @@ def test_a_run_brings_its_evaluations_think_first(page: Page) -> None:
         "thoughts",
         "latency",
         "training-nano",
+        "demonstrations-nano",
         "behind",
     ]
 
@@ -126,7 +126,7 @@ def test_agreement_of_thought_and_gripper_is_shown_where_it_is_recorded(tmp_path
         for e, own in zip(results.episodes, letters, strict=True)
     ]
     write_results(replace(results, episodes=said), tmp_path / "b")
-    shown = Page(render(find_sources([tmp_path / "b"], tmp_path), "t", Limits(0, 0)))
+    shown = Page(render(find_sources([tmp_path / "b"], tmp_path), "t", 0, 0))
     share = np.mean([g == "ccccc" for own in letters for g in own])  # who lifts holds on
     row = shown.tables["thoughts"][3]
     assert row[:6] == ["think", "what comes next", "80", "80", str(round(80 * share)), f"{100 * share:.1f}"]
@@ -141,7 +141,7 @@ def test_the_last_command_before_a_claim_counts_though_nothing_was_thought_at_it
     thoughts = [Thought(5 * k, text, tokens=3, forwards=1, gripper=told) for k, (text, told) in enumerate(said)]
     results = write_evaluation(tmp_path / "a", "think", 0.5)
     write_results(replace(results, episodes=[replace(e, thoughts=thoughts) for e in results.episodes]), tmp_path / "b")
-    shown = Page(render(find_sources([tmp_path / "b"], tmp_path), "t", Limits(0, 0)))
+    shown = Page(render(find_sources([tmp_path / "b"], tmp_path), "t", 0, 0))
     (row,) = (row for row in shown.tables["thoughts"] if "the gripper now" in row)
     assert row[2:6] == ["60", "40", "40", "100.0"]
 
@@ -161,6 +161,21 @@ def test_training_is_shown_and_init_states_of_both_are_pointed_out(page: Page) -
     assert "token accuracy" not in page.text_in  # nothing but nan was logged
 
 
+def test_init_states_are_shared_within_a_task_only(tmp_path: Path) -> None:
+    write_training(tmp_path / "runs" / "nano")  # of libero_goal's task 1
+    for name, suite, tasks in (("other suite", "libero_object", 2), ("other task", "libero_goal", 1)):
+        write_evaluation(tmp_path / name, "think", 0.5, suite=suite, tasks=tasks, states=range(10))
+        page = Page(render(find_sources([tmp_path / "runs", tmp_path / name], tmp_path), "t", 0, 0))
+        assert "No init state of the evaluation is in the demonstrations." in page.text
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        write_training(tmp_path / place / "nano")
+    page = Page(render(find_sources([tmp_path], tmp_path), "t", 0, 0))
+    assert [name for name in page.sections if name.startswith("training")] == ["training-a/nano", "training-b/nano"]
+
+
 def test_films_are_inside_and_show_the_cameras_alone(page: Page) -> None:
     films = [address for address in page.addresses if address.startswith("data:video/mp4;base64,")]
     assert len(films) == 2  # init state 3 of both tasks
@@ -176,7 +191,7 @@ def test_films_are_inside_and_show_the_cameras_alone(page: Page) -> None:
 @pytest.mark.parametrize(("films_mb", "count"), [(0, 0), (0.000001, 0), (8, 2)])
 def test_films_keep_to_their_budget_and_what_is_left_out_is_named(project: Path, films_mb: float, count: int) -> None:
     sources = find_sources([project / "evaluations" / "nano"], project)
-    text = render(sources, "t", Limits(6, films_mb))
+    text = render(sources, "t", 6, films_mb)
     assert text.count("<video") == count
     assert text.count("is left out for its size") == 2 - count
 
@@ -184,7 +199,7 @@ def test_films_keep_to_their_budget_and_what_is_left_out_is_named(project: Path,
 def test_a_budget_for_one_film_takes_one(project: Path) -> None:
     sources = find_sources([project / "evaluations" / "nano"], project)
     sizes = [len(make_clip(film)) for film in sorted((project / "evaluations/nano/goal-think/videos").iterdir())]
-    text = render(sources, "t", Limits(6, (max(sizes) + min(sizes) / 2) / 1e6))
+    text = render(sources, "t", 6, (max(sizes) + min(sizes) / 2) / 1e6)
     assert text.count("<video") == 1
     assert text.count("is left out for its size") == 1
 
@@ -205,7 +220,7 @@ def test_a_film_that_cannot_be_read_is_named_without_this_machines_folders(
             stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
             container.mux(stream.encode())
-    text = render(find_sources([folder], tmp_path), "t", Limits(6, 8))
+    text = render(find_sources([folder], tmp_path), "t", 6, 8)
     assert "the film videos/0_2.mp4 cannot be read" in text
     assert str(tmp_path) not in text
     assert str(film) in capsys.readouterr().err
@@ -214,7 +229,7 @@ def test_a_film_that_cannot_be_read_is_named_without_this_machines_folders(
 def test_what_stands_in_results_stays_text(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x00\u202e\ud800 {{ 7 * 7 }}"
     write_evaluation(tmp_path / "e", "think", 0.5, words=evil, suite="<b>goal</b>")
-    text = render(find_sources([tmp_path / "e"], tmp_path), "<i>title</i>\ud800", Limits(2, 0))
+    text = render(find_sources([tmp_path / "e"], tmp_path), "<i>title</i>\ud800", 2, 0)
     text.encode()
     parsed = Page(text)
     assert "{{ 7 * 7 }} 1" in parsed.text
@@ -228,7 +243,7 @@ def test_what_stands_in_results_stays_text(tmp_path: Path) -> None:
 def test_differences_of_the_rules_and_unpaired_episodes_are_said(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "a", "think", 0.5)
     write_evaluation(tmp_path / "b", "mask", 0.5, states=range(3, 15), render="full")
-    page = Page(render(find_sources([tmp_path / "a", tmp_path / "b"], tmp_path), "t", Limits(0, 0)))
+    page = Page(render(find_sources([tmp_path / "a", tmp_path / "b"], tmp_path), "t", 0, 0))
     assert page.sections[0] == "warnings"
     assert "render differs: draft in a; full in b" in page.text
     assert "6 of the 20 episodes of arm think are not in all arms" in page.text
@@ -239,7 +254,7 @@ def test_differences_of_the_rules_and_unpaired_episodes_are_said(tmp_path: Path)
 def test_arms_without_a_common_episode_are_shown_but_not_compared(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "a", "think", 0.5)
     write_evaluation(tmp_path / "b", "mask", 0.5, states=range(20, 30))
-    page = Page(render(find_sources([tmp_path / "a", tmp_path / "b"], tmp_path), "t", Limits(0, 0)))
+    page = Page(render(find_sources([tmp_path / "a", tmp_path / "b"], tmp_path), "t", 0, 0))
     assert "differences" not in page.tables
     assert "mask has no episode in common with think and is not compared with it." in page.text
     assert len(page.tables["success"]) == 3
@@ -248,7 +263,7 @@ def test_arms_without_a_common_episode_are_shown_but_not_compared(tmp_path: Path
 def test_episodes_that_stand_twice_are_said_and_not_compared(tmp_path: Path) -> None:
     for name, mode in (("a", "think"), ("b", "think"), ("c", "mask")):
         write_evaluation(tmp_path / name, mode, 0.5)
-    page = Page(render(find_sources([tmp_path / n for n in "abc"], tmp_path), "t", Limits(0, 0)))
+    page = Page(render(find_sources([tmp_path / n for n in "abc"], tmp_path), "t", 0, 0))
     assert "Not compared:" in page.text
     assert "stands twice" in page.text
     assert "20 episodes stand twice or more in arm think" in page.text
@@ -258,7 +273,7 @@ def test_one_arm_over_several_suites_is_one_arm(tmp_path: Path) -> None:
     for suite in ("libero_goal", "libero_object"):
         for place, mode in enumerate(("mask", "think")):
             write_evaluation(tmp_path / f"{suite}-{mode}", mode, 0.5, suite=suite, seed=place)
-    page = Page(render(find_sources([tmp_path], tmp_path), "t", Limits(0, 0)))
+    page = Page(render(find_sources([tmp_path], tmp_path), "t", 0, 0))
     assert [row[:2][0] for row in page.tables["success"][1:]] == ["think", "mask"]
     assert [row[0] for row in page.tables["suites"][1:]] == ["libero_goal", "libero_object"]
     assert page.tables["differences"][1][2] == "40"
@@ -286,18 +301,18 @@ def test_folders_without_results_are_named(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_run_without_evaluations_has_a_page_of_its_training(tmp_path: Path) -> None:
     write_training(tmp_path / "nano")
-    page = Page(render(find_sources([tmp_path / "nano"], tmp_path / "evaluations"), "t", Limits(6, 8)))
-    assert page.sections == ["training-nano"]
+    page = Page(render(find_sources([tmp_path / "nano"], tmp_path / "evaluations"), "t", 6, 8))
+    assert page.sections == ["training-nano", "demonstrations-nano"]
     assert "Training of nano" in page.text
 
 
 def test_the_page_lies_in_the_folder_that_holds_all(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [project / "evaluations" / "nano" / f"goal-{mode}" for mode in ("mask", "think")]
-    path = report(config(project, *folders, films_mb=0))
+    path = write_report(config(project, *folders, films_mb=0))
     assert path == project / "evaluations" / "nano" / "report.html"
     assert f"report: {path}" in capsys.readouterr().out
-    assert "<title>Comparison: mask, think</title>" in path.read_text()
-    assert report(config(project, *folders, films_mb=0, title="again")) == path  # its own page is made anew
+    assert "<title>Comparison: goal-mask, goal-think</title>" in path.read_text()
+    assert write_report(config(project, *folders, films_mb=0, title="again")) == path  # its own page is made anew
     assert "<title>again</title>" in path.read_text()
     path.unlink()
 
@@ -305,12 +320,16 @@ def test_the_page_lies_in_the_folder_that_holds_all(project: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "run: none was given; name folders"),
-        ({"folders": ["a"], "run": "b"}, "run, evaluations: found folders, too"),
-        ({"folders": ["a"], "evaluations": ["b"]}, "run, evaluations: found folders, too"),
+        ({}, "folders: none was given; name runs or evaluations"),
         ({"folders": ["nowhere"]}, "folders: nowhere does not exist"),
-        ({"folders": ["evaluations"], "episodes": -1}, "episodes: found -1; give a number of at least 0"),
+        ({"folders": ["evaluations"], "episodes": -1}, "episodes: found -1; give a whole number of at least 0"),
+        ({"folders": ["evaluations"], "episodes": 1.5}, "episodes: found 1.5; give a whole number of at least 0"),
         ({"folders": ["evaluations"], "films_mb": "many"}, "films_mb: found 'many'"),
+        (
+            {"folders": ["evaluations"], "output": "page.pdf"},
+            "output: found page.pdf; give a file that ends with .html or",
+        ),
+        ({"folders": ["evaluations", "runs"], "dataset": "nowhere"}, "dataset: nowhere is not a dataset"),
     ],
 )
 def test_wrong_settings_are_named(
@@ -318,7 +337,7 @@ def test_wrong_settings_are_named(
 ) -> None:
     monkeypatch.chdir(project)
     with pytest.raises(UserError, match=re.escape(message)):
-        report(config(project, **changes))
+        write_report(config(project, **changes))
     assert not list(project.rglob("*.html"))
 
 
@@ -348,9 +367,9 @@ def test_two_evaluations_of_500_episodes_take_less_than_two_seconds(tmp_path: Pa
     """CPU time, which neighbours on the machine do not change."""
     for place, mode in enumerate(("think", "mask")):
         write_evaluation(tmp_path / mode, mode, 0.9, seed=place, tasks=10, states=range(50))
-    render(find_sources([tmp_path], tmp_path), "t", Limits(6, 8))  # imports
+    render(find_sources([tmp_path], tmp_path), "t", 6, 8)  # imports
     before = time.process_time()
-    render(find_sources([tmp_path], tmp_path), "t", Limits(6, 8))
+    render(find_sources([tmp_path], tmp_path), "t", 6, 8)
     assert time.process_time() - before < 2
 
 
@@ -378,20 +397,19 @@ def test_long_thoughts_are_cut_aloud() -> None:
     assert cut("x" * 700) == "x" * 600 + " … (100 more letters)"
 
 
-@pytest.mark.parametrize("cards", [0, 1, 4, 7, 100])
-def test_chosen_episodes_give_every_task_its_turn_and_show_films_first(tmp_path: Path, cards: int) -> None:
+def test_chosen_episodes_give_every_task_its_turn_and_show_films_first(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "a", "think", 0.5, seed=1, tasks=3, filmed=[4])
     write_evaluation(tmp_path / "b", "mask", 0.5, seed=2, tasks=3)
     arms = find_sources([tmp_path / "a", tmp_path / "b"], tmp_path).arms
-    chosen = choose(arms, cards)
-    assert len(chosen) == len(set(chosen)) == min(30, max(cards // 2, min(cards, 1)))
-    turns = [key[1] for key in chosen]
-    assert max((turns.count(t) for t in range(3)), default=0) - min(turns.count(t) for t in range(3)) <= 1
+    chosen = choose(arms, 100)
+    assert len(chosen) == len(set(chosen)) == 30
+    assert all({key[1] for key in chosen[turn : turn + 3]} == {0, 1, 2} for turn in range(0, 30, 3))
     assert all(key[2] == 4 for key in chosen[:3])  # the filmed ones
     outcomes = [{episode_key(e): e.success for _, e in arm.episodes} for arm in arms]
     differs = [outcomes[0][key] != outcomes[1][key] for key in chosen[3:]]
     in_task = [[d for key, d in zip(chosen[3:], differs, strict=True) if key[1] == t] for t in range(3)]
     assert all(order == sorted(order, reverse=True) for order in in_task)  # those of different outcome before others
+    assert [choose(arms, count) for count in (0, 1, 7)] == [chosen[:count] for count in (0, 1, 7)]
 
 
 def test_success_is_not_preferred(tmp_path: Path) -> None:
@@ -413,14 +431,14 @@ def test_figures_are_in_the_page_and_measured_in_its_pixels(page: Page) -> None:
 
 def test_names_that_mean_something_to_matplotlib_are_drawn_as_they_are(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "e", "think", 0.5, words="a", suite="$\\frac{1$ \ud800_x")
-    assert render(find_sources([tmp_path / "e"], tmp_path), "t", Limits(0, 0))
+    assert render(find_sources([tmp_path / "e"], tmp_path), "t", 0, 0)
 
 
 def test_results_of_grpo_without_thoughts_or_latency_have_a_page(tmp_path: Path) -> None:
     results = write_evaluation(tmp_path / "a", "think", 0.5)
     bare = [replace(e, thoughts=[], latency=[]) for e in results.episodes]
     write_results(replace(results, episodes=bare), tmp_path / "b")
-    page = Page(render(find_sources([tmp_path / "b"], tmp_path), "t", Limits(6, 8)))
+    page = Page(render(find_sources([tmp_path / "b"], tmp_path), "t", 6, 8))
     assert page.sections == ["success", "tasks", "behind"]
 
 

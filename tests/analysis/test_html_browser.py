@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from html_data import write_evaluation, write_training
+from html_data import render, write_evaluation, write_training
 
-from dtvla.analysis.html import Limits, render
 from dtvla.analysis.sources import find_sources
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -33,7 +32,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
         write_evaluation(root / "e" / mode, mode, 0.6, seed=place, filmed=[0], words=EVIL)
     write_evaluation(root / "e" / ("long_name_" * 9), "random", 0.6, render="full")
     page = root / "report.html"
-    page.write_text(render(find_sources([root / "runs", root / "e"], root), "A report", Limits(6, 8)))
+    page.write_text(render(find_sources([root / "runs", root / "e"], root), "A report", 6, 8))
     return page.as_uri()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from dtvla.analysis.intervals import wilson
+from dtvla.analysis.intervals import clustered_wilson, design_effect, wilson
 
 Z95 = 1.959963984540054
 
@@ -65,6 +65,48 @@ def test_interval_is_informative_at_none_and_all_successes() -> None:
 def test_impossible_counts_are_refused(successes: int, episodes: int) -> None:
     with pytest.raises(ValueError, match="successes/episodes"):
         wilson(successes, episodes)
+
+
+def test_clusters_of_one_are_independent_and_clusters_that_agree_count_once() -> None:
+    assert clustered_wilson([(1, 1)] * 13 + [(0, 1)] * 7) == wilson(13, 20)
+    alike, single = clustered_wilson([(10, 10)] * 13 + [(0, 10)] * 7), wilson(13, 20)
+    assert (alike.successes, alike.episodes) == (130, 200)
+    assert (alike.low, alike.high) == pytest.approx((single.low, single.high), abs=0.01)
+    none, every = clustered_wilson([(0, 5)] * 4), clustered_wilson([(5, 5)] * 4)
+    assert (none.high, every.low) == pytest.approx((wilson(0, 4).high, wilson(4, 4).low))
+    lone, one = clustered_wilson([(3, 6)]), wilson(3, 6)
+    assert lone.low < one.low < one.high < lone.high
+
+
+def test_design_effect_is_that_of_the_analysis_of_variance() -> None:
+    """Equal clusters of m: 1 + (m - 1) times the correlation within, which the mean squares give."""
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        clusters, size = int(rng.integers(20, 60)), int(rng.integers(2, 8))
+        chance = rng.beta(0.5, 0.5, clusters)
+        numbers = rng.random((clusters, size)) < chance[:, None]
+        between = size * numbers.mean(axis=1).var(ddof=1)
+        within = numbers.var(axis=1, ddof=1).mean()
+        correlation = (between - within) / (between + (size - 1) * within)
+        found = design_effect(numbers.sum(axis=1).tolist(), [size] * clusters, int(numbers.sum()))
+        assert found == pytest.approx(1 + (size - 1) * correlation, rel=0.05)
+
+
+@pytest.mark.parametrize("spread", [0.2, 1.0, 50.0])
+def test_clustered_interval_covers_the_true_share(spread: float) -> None:
+    """Thirty init states with one to nine seeds, that end nearly always or never alike; half of them succeed."""
+    rng, hits, naive = np.random.default_rng(5), 0, 0
+    for _ in range(2000):
+        sizes = rng.integers(1, 10, 30)
+        won = rng.binomial(sizes, rng.beta(spread, spread, 30))
+        rate, alone = (
+            clustered_wilson(list(zip(won.tolist(), sizes.tolist(), strict=True))),
+            wilson(won.sum(), sizes.sum()),
+        )
+        hits += rate.low <= 0.5 <= rate.high
+        naive += alone.low <= 0.5 <= alone.high
+    assert 0.93 <= hits / 2000 <= 0.98
+    assert spread > 1 or naive / 2000 < 0.85
 
 
 def test_text_form_names_percent_and_interval() -> None:

@@ -1,7 +1,5 @@
 """Published results: complete and sourced, every printed mean recomputed, verdicts held to independent numbers."""
 
-import re
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +10,7 @@ from dtvla.analysis.intervals import wilson
 from dtvla.analysis.published import ALL, SUITES, counts, labels, load, rates, recount_claims
 from dtvla.analysis.resampling import holm
 from dtvla.analysis.unpaired import two_proportion_z
-from dtvla.analysis.verdicts import PAIRS, SYSTEM_PAIRS, differences, in_words, to_markdown
+from dtvla.analysis.verdicts import PAIRS, SYSTEM_PAIRS, differences, in_words
 from dtvla.errors import UserError
 
 TABLES = ("tasks", "systems", "claims", "latency")
@@ -237,12 +235,3 @@ def test_every_run_has_a_name_of_its_own(table: pd.DataFrame) -> None:
     names = labels()
     runs = table["run"].unique()
     assert len({names[run] for run in runs}) == len(runs)
-
-
-def test_the_page_holds_every_table_and_no_hole() -> None:
-    page = to_markdown()
-    assert page.count("\n## ") == 4
-    for cell in ("| 97.05 | 96.2 to 97.7 | 1941 / 2000 |", "| +15.5   |           | no counts published |", "| n.s. "):
-        assert cell in page
-    assert re.search(r"\| 91.6 +\| 95.3 +\| 90.6 +\| 86.5 +\| 90.95 ", page)  # as printed, the total as counted
-    assert "nan" not in page.lower()

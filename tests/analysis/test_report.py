@@ -1,22 +1,21 @@
-"""The report: built from a run's real artefacts, complete, with working links; bad folders are named."""
+"""The report in Markdown: built from a run's real artefacts, complete, with working links; its curves and its strip."""
 
 import csv
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from html_data import config, write_evaluation
 from PIL import Image
 
-from dtvla.analysis.curves import draw_curves, read_metrics, smooth
-from dtvla.analysis.report import load_evaluations, write_report
+from dtvla.analysis.curves import plot_curves, read_metrics, smooth
+from dtvla.analysis.report import write_report
 from dtvla.analysis.strip import choose_decisions
 from dtvla.analysis.tables import duration, markdown_table
 from dtvla.errors import UserError
-from dtvla.rollout.journal import begin_run
 from dtvla.rollout.results import EpisodeResult, Results, Thought, machine, versions, write_results
 from dtvla.sim.film import Caption, Film
 
@@ -44,7 +43,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "config.yaml").write_text(f"data:\n  root: {root / 'data'}\n")
     (root / "data" / "meta").mkdir(parents=True)
     collection = {
-        "request": {"init_states": list(range(8, 20)), "render": "draft"},
+        "request": {"suite": "libero_object", "task_ids": [0], "init_states": list(range(8, 20)), "render": "draft"},
         "episodes": 50,
         "attempts": 52,
         "success_rate": 0.96,
@@ -52,17 +51,19 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "command": "python -m dtvla.collect episodes=50",
     }
     (root / "data" / "meta" / "collection.json").write_text(json.dumps(collection))
+    states = [*range(8), 20, 21]
     for mode, rate in RATES.items():
         folder = root / "evaluations" / "nano" / f"libero_object-{mode}"
         thoughts = [Thought(2 * k, f"thought {k // 2}" if mode == "think" else "") for k in range(6)]
         episodes = [
-            EpisodeResult("libero_object", 0, "pick up the soup", i, 0, i < 10 * rate, 12, thoughts, [0.1] * 6,
+            EpisodeResult("libero_object", 0, "pick up the soup", s, 0, i < 10 * rate, 12, thoughts, [0.1] * 6,
                           "videos/e.mp4" if i == 0 else None)
-            for i in range(10)
+            for i, s in enumerate(states)
         ]  # fmt: skip
-        provenance = {"command": f"python -m dtvla.evaluate cot={mode}", "seconds": 61.0, "versions": versions(),
-                      "machine": machine()}  # fmt: skip
-        settings = {"cot": {"mode": mode}, "init_states": [*range(8), 20, 21]}
+        resumed = ["2026-01-02T03:04:05+00:00"] if mode == "random" else []
+        provenance = {"command": f"python -m dtvla.evaluate cot={mode}", "seconds": 61.0, "resumed": resumed,
+                      "versions": versions(), "machine": machine()}  # fmt: skip
+        settings = {"cot": {"mode": mode}, "init_states": states}
         write_results(Results(settings, provenance, episodes), folder)
         film = Film(folder / "videos" / "e.mp4")
         for step in range(13):
@@ -71,116 +72,65 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(project: Path, **changes: object) -> DictConfig:
-    settings = {
-        "run": str(project / "runs" / "nano"),
-        "evaluations": None,
-        "dataset": None,
-        "output": None,
-        "title": None,
-    }
-    return OmegaConf.create({**settings, **changes, "paths": {"root": str(project)}})
+@pytest.fixture(scope="module")
+def page(project: Path) -> Path:
+    """The page, whose name is one that links must quote."""
+    return write_report(config(project, project / "runs" / "nano", output=str(project / "deep" / "a page.md")))
 
 
-def test_report_shows_every_mode_with_interval_commands_times_and_machine(
-    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write_report(config(project, output=str(tmp_path / "deep" / "report.md")))
-    text = path.read_text()
-    assert str(path) in capsys.readouterr().out
+def test_markdown_holds_what_the_quickstart_promises(page: Path) -> None:
+    text = page.read_text()
     for mode, rate in RATES.items():
-        assert re.search(rf"\*\*{mode}\*\* +\| {round(10 * rate)} of 10 +\| \*\*{100 * rate:.1f} %\*\*", text)
+        assert re.search(rf"\| {mode} +\| {round(10 * rate)}/10 +\| {100 * rate:.1f} ", text)
         assert f"python -m dtvla.evaluate cot={mode}" in text
     for words in (
-        "0-7, 20-21",
+        "20-21",
         "python -m dtvla.collect",
         "python -m dtvla.train",
         "6 min 12 s",
         "3 min 20 s",
         "0.96",
         "No init state of the evaluation is in",
+        "Differences from think, pair by pair",
         "mujoco",
     ):
         assert words in text
-    links = re.findall(r"\]\(([^)]+)\)", text)
-    assert len(links) == 5
-    assert all((path.parent / link).is_file() for link in links)
+    assert len(re.findall("time since it was resumed", text)) == 1  # random's
+
+
+def test_links_lead_to_files_beside_the_page(page: Path) -> None:
+    links = [unquote(link) for link in re.findall(r"\]\(([^)]+)\)", page.read_text())]
+    assert sorted(Path(link).suffix for link in links) == [".mp4"] * 3 + [".png"] * 9
+    assert all((page.parent / link).is_file() for link in links)
     assert not any(Path(link).is_absolute() for link in links)
 
 
-def test_an_init_state_that_was_trained_on_is_pointed_out(project: Path, tmp_path: Path) -> None:
-    dataset = tmp_path / "data"
-    (dataset / "meta").mkdir(parents=True)
-    record = {"request": {"init_states": list(range(5, 30))}, "episodes": 25}
-    (dataset / "meta" / "collection.json").write_text(json.dumps(record))
-    text = write_report(config(project, dataset=str(dataset), output=str(tmp_path / "report.md"))).read_text()
-    assert "**Init states 5-7, 20-21 are in the demonstrations and in the evaluation.**" in text
+def test_pictures_are_drawn_and_not_blank(page: Path) -> None:
+    pictures = sorted(page.parent.glob("*.png"))
+    assert len(pictures) == 9
+    for path in pictures:
+        pixels = np.asarray(Image.open(path).convert("L"))
+        assert min(pixels.shape) > 150, path
+        assert pixels.std() > 10, path
 
 
-def test_pictures_are_drawn_and_not_blank(project: Path, tmp_path: Path) -> None:
-    write_report(config(project, output=str(tmp_path / "report.md")))
-    for name in ("curves.png", "thoughts_think.png"):
-        pixels = np.asarray(Image.open(tmp_path / name).convert("L"))
-        assert min(pixels.shape) > 200
-        assert pixels.std() > 10
-
-
-def test_strip_takes_its_pictures_at_the_steps_of_the_thoughts(project: Path, tmp_path: Path) -> None:
+def test_strip_takes_its_pictures_at_the_steps_of_the_thoughts(page: Path) -> None:
     """Two steps are alike only if the same frame was shown twice: random frames differ."""
-    write_report(config(project, output=str(tmp_path / "report.md")))
-    pixels = np.asarray(Image.open(tmp_path / "thoughts_think.png").convert("RGB")).astype(int)
+    pixels = np.asarray(Image.open(page.with_name("a page-thoughts.png")).convert("RGB")).astype(int)
     cells = [pixels[76:300, 24 + k * 584 : 24 + k * 584 + 560] for k in range(3)]
     assert np.abs(cells[0] - cells[1]).mean() > 10
     assert np.abs(cells[1] - cells[2]).mean() > 10
 
 
-def test_modes_come_in_the_order_think_mask_random(project: Path) -> None:
-    found = load_evaluations(
-        [str(project / "evaluations" / "nano" / "*"), str(project / "evaluations" / "nano" / "*think")]
-    )
-    assert [evaluation.mode for evaluation in found] == ["think", "mask", "random"]
-
-
-def test_an_unfinished_evaluation_is_left_out_aloud(
-    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    begin_run(tmp_path / "unfinished", {}, {})
-    found = load_evaluations([str(project / "evaluations" / "nano" / "*"), str(tmp_path / "*")])
-    assert len(found) == 3
-    assert "unfinished is not finished and left out" in capsys.readouterr().err
-
-
-def test_evaluations_that_are_not_alike_are_not_compared_silently(project: Path, tmp_path: Path) -> None:
-    mask = load_evaluations([str(project / "evaluations" / "nano" / "*mask")])[0].results
-    settings = {**mask.settings, "render": "full", "cot": {"mode": "none"}}
-    write_results(Results(settings, mask.provenance, [replace(e, video=None) for e in mask.episodes]), tmp_path / "e")
-    found = [str(project / "evaluations" / "nano" / "*"), str(tmp_path / "e")]
-    text = write_report(config(project, evaluations=found, output=str(tmp_path / "report.md"))).read_text()
-    assert "**These evaluations also differ in render: compare them with care.**" in text
-
-
-def test_the_time_of_a_resumed_evaluation_is_called_what_it_is(project: Path, tmp_path: Path) -> None:
-    mask = load_evaluations([str(project / "evaluations" / "nano" / "*mask")])[0].results
-    provenance = {**mask.provenance, "resumed": ["2026-01-02T03:04:05+00:00"]}
-    write_results(replace(mask, provenance=provenance, episodes=mask.episodes[1:]), tmp_path / "e")
-    found = [str(project / "evaluations" / "nano" / "*think"), str(tmp_path / "e")]
-    text = write_report(config(project, evaluations=found, output=str(tmp_path / "report.md"))).read_text()
-    assert "evaluate (mask, since it was resumed)" in text
-    assert "evaluate (think) " in text
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"run": "???"}, "run: none was given"),
-        ({"run": "nowhere"}, "run: nowhere is not a folder"),
-        ({"evaluations": ["nowhere/*"]}, "evaluations: no results.json in nowhere"),
-        ({"dataset": "nowhere"}, "dataset: nowhere is not a dataset"),
-    ],
-)
-def test_a_missing_folder_is_named(project: Path, change: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=re.escape(message)):
-        write_report(config(project, **change))
+def test_warnings_stand_above_and_films_that_are_gone_are_named(project: Path, tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "full", "mask", 0.5, suite="libero_object", render="full")
+    results = write_evaluation(tmp_path / "think", "think", 0.5, suite="libero_object", filmed=[0], tasks=1)
+    (tmp_path / "think" / str(results.episodes[0].video)).unlink()
+    folders = [tmp_path / "think", tmp_path / "full"]
+    text = write_report(config(project, *folders, output=str(tmp_path / "report.md"))).read_text()
+    assert text.index("* render differs: draft in think; full in full") < text.index("## Success")
+    assert "solved: 0_0.mp4 is not there" in text
+    assert not list(tmp_path.glob("*thoughts.png"))
 
 
 def test_metrics_keep_every_value_at_its_step(project: Path) -> None:
@@ -196,9 +146,8 @@ def test_damaged_metrics_are_named(tmp_path: Path, content: str) -> None:
         read_metrics(tmp_path / "metrics.csv")
 
 
-def test_unknown_metrics_draw_nothing(tmp_path: Path) -> None:
-    assert draw_curves({"other/thing": ([1], [1.0])}, tmp_path / "a.png") is None
-    assert not list(tmp_path.iterdir())
+def test_unknown_metrics_draw_nothing() -> None:
+    assert plot_curves({"other/thing": ([1], [1.0])}) is None
 
 
 def test_smoothing_is_a_centred_mean() -> None:

@@ -1,10 +1,13 @@
 """Attention weights against those computed from what the layers are given, and shares against counting."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
 from dtvla.analysis.attention_map import allowed, attention_maps, attention_mass, segments, sequence
+from dtvla.errors import UserError
 from dtvla.policy.layout import Batch
 from dtvla.policy.policy import Policy
 
@@ -62,10 +65,7 @@ def test_the_model_is_left_as_it_was(policy: Policy) -> None:
     rng = np.random.default_rng(1)
     batch = sequence(policy, random_observation(policy, rng), thought_ids(policy, rng))
     before, kernel = policy.model.encode(batch), policy.model.config.text_config._attn_implementation
-    policy.model.train()
     attention_maps(policy, batch)
-    assert policy.model.training
-    policy.model.eval()
     assert policy.model.config.text_config._attn_implementation == kernel
     assert torch.equal(policy.model.encode(batch), before)
 
@@ -108,3 +108,9 @@ def test_shares_add_up_and_even_ones_are_counted(policy: Policy) -> None:
         sum(float(weights_TT[q, k]) for k in range(4, 8)) for q in range(where["actions"].start, len(weights_TT))
     ]
     assert last["actions", "wrist"] == pytest.approx(np.mean(by_loop))
+
+
+def test_a_decoder_that_reads_its_actions_is_refused(make_policy: Callable[..., Policy]) -> None:
+    rng, writes = np.random.default_rng(4), make_policy(decoder="autoregressive", slot_embedding=False)
+    with pytest.raises(UserError, match="autoregressive; give one with a hybrid decoder"):
+        attention_mass(writes, [random_observation(writes, rng)], [thought_ids(writes, rng)])
