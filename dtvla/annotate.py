@@ -75,8 +75,6 @@ def labeller_from(cfg: DictConfig, decisions: Mapping[tuple[int, int], Decision]
     """Checks and policies of a configuration; :class:`UserError` names a setting that is out of range or unknown."""
     from dataclasses import fields
 
-    from omegaconf import OmegaConf
-
     from dtvla.cot.engine import Labeller
     from dtvla.cot.keyframes import KeyFrameSettings
     from dtvla.cot.labels import LabelSettings
@@ -85,8 +83,8 @@ def labeller_from(cfg: DictConfig, decisions: Mapping[tuple[int, int], Decision]
     from dtvla.learning.composing import plain
 
     def made(kind: Any, group: str) -> Any:
-        check_kinds("", {group: dict}, {group: plain(cfg[group]) if OmegaConf.is_config(cfg[group]) else cfg[group]})
         values = plain(cfg[group])
+        check_kinds("", {group: dict}, {group: values})
         check_kinds(group, kind, values)
         return kind(**values)
 

@@ -86,12 +86,10 @@ def check_of(settings: Mapping[str, Any]) -> Check:
 
 def _source(cfg: DictConfig) -> Path:
     """The dataset's folder or the bundle, without a slash at its end."""
-    from omegaconf import OmegaConf
-
     from dtvla.data.hub import locate
     from dtvla.learning.composing import plain
 
-    check_kinds("", KINDS, {name: plain(cfg[name]) if OmegaConf.is_config(cfg[name]) else cfg[name] for name in KINDS})
+    check_kinds("", KINDS, {name: plain(cfg[name]) for name in KINDS})
     given = [name for name in ("dataset", "bundle") if cfg[name] is not None]
     if len(given) != 1:
         found = "both dataset and bundle" if given else "neither"

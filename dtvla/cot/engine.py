@@ -71,10 +71,11 @@ class Labeller:
         Raises:
             UserError: the thought of a decision fails the schema.
         """
-        mine, objects = self._mine(view), task_objects(view)
+        objects = task_objects(view)
+        mine = {frame: d for frame in range(len(view)) if (d := self.decisions.get((view.number, frame)))}
         read = cache(lambda answer: self.schema.read(answer, objects))
         given = {frame: decision.thought for frame, decision in mine.items() if decision.thought}
-        rejected = self._rejected(view)
+        rejected = {frame: decision.before for frame, decision in mine.items() if not decision.thought}
 
         def read_for(frame: int, answer: str) -> tuple[str, list[Violation]]:
             thought, found = read(answer)
@@ -87,25 +88,14 @@ class Labeller:
                     f"decisions: the thought at episode {view.number}, frame {frame} fails the checks: it "
                     f"{'; it '.join(violation.message for violation in violations)}; edit it in the review"
                 )
-        return Course(view, self.wanted(view) if ask else [], given, checks, key_frames(view, self.keyframes))
+        wanted = self.wanted(view) if ask else []
+        return Course(view, wanted, given, rejected, checks, key_frames(view, self.keyframes))
 
     def wanted(self, view: EpisodeView) -> list[int]:
         """Frames of an episode that need an annotator: those asked for that no reviewer has a thought for."""
         frames = key_frames(view, self.keyframes) if self.settings.frames == "key" else range(len(view))
-        mine = self._mine(view)
-        return [frame for frame in frames if frame not in mine or not mine[frame].thought]
-
-    def _rejected(self, view: EpisodeView) -> dict[int, str]:
-        """Thoughts that reviewers rejected, by frame."""
-        return {frame: decision.before for frame, decision in self._mine(view).items() if not decision.thought}
-
-    def _mine(self, view: EpisodeView) -> dict[int, Decision]:
-        """Decisions about an episode, by frame."""
-        return {
-            frame: self.decisions[view.number, frame]
-            for frame in range(len(view))
-            if (view.number, frame) in self.decisions
-        }
+        decisions = ((frame, self.decisions.get((view.number, frame))) for frame in frames)
+        return [frame for frame, decision in decisions if decision is None or not decision.thought]
 
     def finish(self, course: Course, decided: Mapping[int, Label]) -> EpisodeLabels:
         """Apply the policy for failures to the decided labels.
@@ -122,18 +112,21 @@ class Labeller:
                 f"last because it {found}; set on_failure=copy_forward or drop_thought, or raise relabels"
             )
         events = gripper_events(view.closing_F, self.keyframes.debounce)
-        labels = fill(decided, len(view), events, self.settings, self._rejected(view))
+        labels = fill(decided, len(view), events, self.settings, course.rejected)
         thoughts = {frame: label.thought for frame, label in enumerate(labels) if label.thought}
         return EpisodeLabels(view.number, labels, course.reasons, course.checks.compare(thoughts))
 
 
 @dataclass(frozen=True)
 class Course:
-    """An episode on its way: its view, the frames to ask for, thoughts that are given, its checks and key frames."""
+    """An episode on its way: its view, the frames to ask for, thoughts that reviewers gave or rejected, its checks and
+    key frames.
+    """
 
     view: EpisodeView
     wanted: Sequence[int]
     given: Mapping[int, str]
+    rejected: Mapping[int, str]
     checks: Checks
     reasons: Mapping[int, str]
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 
-from dtvla.cot.keyframes import held_commands
+from dtvla.cot.keyframes import Segment, segments
 
 _FUNNEL_M = 0.035  # the hand is over the item when it is this close to the vertical axis in which it will close
 _OVER_TARGET_M = 0.03  # and over the target this close to the place where it will let go
@@ -62,15 +61,6 @@ class Stage:
     recovering: bool = False
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Frames ``start`` to ``stop`` with one gripper command."""
-
-    start: int
-    stop: int
-    closing: bool
-
-
 def stages(closing_F: np.ndarray, track: Track, debounce: int = 3) -> list[Stage]:
     """The stage of every frame; between two gripper commands the stages of a goal never go back.
 
@@ -85,15 +75,15 @@ def stages(closing_F: np.ndarray, track: Track, debounce: int = 3) -> list[Stage
         track: of the same frames.
         debounce: frames for which a command must hold to count, as for key frames.
     """
-    segments = _segments(closing_F, debounce)
-    goals = [_grasped(track, segment) if segment.closing else None for segment in segments]
-    if goals[0] is not None and not track.held_FG[: segments[0].stop].any():
+    stretches = segments(closing_F, debounce)
+    goals = [_grasped(track, segment) if segment.closing else None for segment in stretches]
+    if goals[0] is not None and not track.held_FG[: stretches[0].stop].any():
         goals[0] = None  # fingers that were closed from the beginning grasp nothing
     found: list[Stage] = []
-    for number, segment in enumerate(segments):
+    for number, segment in enumerate(stretches):
         before, goal, after, then = [None, *goals, None, None][number : number + 4]
         if goal is not None:
-            rest = segments[min(number + 1, len(segments) - 1)].stop - 1
+            rest = stretches[min(number + 1, len(stretches) - 1)].stop - 1
             found += _transport(track, segment, goal, put_down=bool(track.solved_FG[rest, goal]) and then != goal)
         elif after is not None:
             leave = segment.start
@@ -110,13 +100,7 @@ def stages(closing_F: np.ndarray, track: Track, debounce: int = 3) -> list[Stage
     return found
 
 
-def _segments(closing_F: np.ndarray, debounce: int) -> list[_Segment]:
-    held_F = held_commands(closing_F, debounce)
-    bounds = [0, *(np.flatnonzero(held_F[1:] != held_F[:-1]) + 1).tolist(), len(held_F)]
-    return [_Segment(start, stop, bool(held_F[start])) for start, stop in pairwise(bounds)]
-
-
-def _grasped(track: Track, segment: _Segment) -> int:
+def _grasped(track: Track, segment: Segment) -> int:
     """The goal whose item is held longest, else the one whose item is nearest to where the fingers close."""
     held_G = track.held_FG[segment.start : segment.stop].sum(axis=0)
     return int(held_G.argmax()) if held_G.any() else _nearest(track, segment.start)
@@ -129,7 +113,7 @@ def _nearest(track: Track, frame: int) -> int:
     return int(np.where(solved_G & ~solved_G.all(), np.inf, away_G).argmin())
 
 
-def _approach(track: Track, segment: _Segment, goal: int, recovering: bool) -> list[Stage]:
+def _approach(track: Track, segment: Segment, goal: int, recovering: bool) -> list[Stage]:
     """Frames up to a closing command; the hand is measured against the item, which may move, by where it will close."""
     start, stop = segment.start, segment.stop
     offset_F2 = (track.grip_F3[start : stop + 1] - track.item_FG3[start : stop + 1, goal])[:, :2]
@@ -139,7 +123,7 @@ def _approach(track: Track, segment: _Segment, goal: int, recovering: bool) -> l
     return _filled(segment, [("reach", start), ("lower", lower)], goal, recovering)
 
 
-def _transport(track: Track, segment: _Segment, goal: int, put_down: bool) -> list[Stage]:
+def _transport(track: Track, segment: Segment, goal: int, put_down: bool) -> list[Stage]:
     """Frames up to an opening command or the end; ``put_down``: the item is at its target then, and stays."""
     start, stop = segment.start, segment.stop
     rise_F = track.item_FG3[start:stop, goal, 2] - track.item_FG3[start, goal, 2]
@@ -155,24 +139,24 @@ def _transport(track: Track, segment: _Segment, goal: int, put_down: bool) -> li
     return _filled(segment, [("grasp", start), ("lift", held), ("carry", carry), ("place", max(place, carry))], goal)
 
 
-def _parting(track: Track, segment: _Segment, goal: int) -> list[Stage]:
+def _parting(track: Track, segment: Segment, goal: int) -> list[Stage]:
     return _filled(segment, [("release", segment.start), ("retreat", _apart(track, segment))], goal)
 
 
-def _away(track: Track, segment: _Segment) -> int:
+def _away(track: Track, segment: Segment) -> int:
     """First frame at which the hand has left the item that it let go; where it never does, when it has let go."""
     apart = _apart(track, segment)
     gone_F = np.linalg.norm(track.grip_F3[apart : segment.stop] - track.grip_F3[segment.start], axis=1) > _LEFT_M
     return apart + _first(gone_F) if gone_F.any() else apart
 
 
-def _apart(track: Track, segment: _Segment) -> int:
+def _apart(track: Track, segment: Segment) -> int:
     """First frame of an opening command at which the fingers have let go."""
     wide = min(float(track.gap_F[segment.start]) + _APART_M, _OPEN_M)
     return segment.start + _first(track.gap_F[segment.start : segment.stop] > wide)
 
 
-def _filled(segment: _Segment, begins: Sequence[tuple[str, int]], goal: int, recovering: bool = False) -> list[Stage]:
+def _filled(segment: Segment, begins: Sequence[tuple[str, int]], goal: int, recovering: bool = False) -> list[Stage]:
     """One stage for each frame, given where each begins, in ascending order."""
     numbers_F = (
         np.searchsorted([frame for _, frame in begins], np.arange(segment.start, segment.stop), side="right") - 1

@@ -60,6 +60,22 @@ def held_commands(closing_F: np.ndarray, debounce: int) -> np.ndarray:
     return result_F
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Frames ``start`` to ``stop`` with one gripper command."""
+
+    start: int
+    stop: int
+    closing: bool
+
+
+def segments(closing_F: np.ndarray, debounce: int) -> list[Segment]:
+    """The stretches of one gripper command, see :func:`held_commands`; together they are the episode."""
+    held_F = held_commands(closing_F, debounce)
+    bounds = [0, *(np.flatnonzero(held_F[1:] != held_F[:-1]) + 1).tolist(), len(held_F)]
+    return [Segment(start, stop, bool(held_F[start])) for start, stop in pairwise(bounds)]
+
+
 def gripper_events(closing_F: np.ndarray, debounce: int) -> list[int]:
     """First frames of every new gripper command that holds for at least ``debounce`` frames or to the end, ascending.
 
@@ -67,8 +83,7 @@ def gripper_events(closing_F: np.ndarray, debounce: int) -> list[int]:
         closing_F: bool (F,), whether the gripper is told to close.
         debounce: frames; shorter commands are no events.
     """
-    held_F = held_commands(closing_F, debounce)
-    return (np.flatnonzero(held_F[1:] != held_F[:-1]) + 1).tolist()
+    return [segment.start for segment in segments(closing_F, debounce)[1:]]
 
 
 def key_frames(episode: EpisodeView, settings: KeyFrameSettings) -> dict[int, str]:

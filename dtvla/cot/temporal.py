@@ -13,7 +13,7 @@ from math import inf
 
 import numpy as np
 
-from dtvla.cot.keyframes import held_commands
+from dtvla.cot.keyframes import segments
 from dtvla.cot.narrate import PHASES
 from dtvla.cot.schema import Violation
 from dtvla.cot.stages import gripper_claim, stage_of
@@ -84,9 +84,8 @@ class Temporal:
         Returns:
             Violations of the checks gripper, order, change and similarity; frames without any are left out.
         """
-        held_F = held_commands(closing_F, self.settings.debounce)
-        events = (np.flatnonzero(held_F[1:] != held_F[:-1]) + 1).tolist()
-        commands = [bool(held_F[frame]) for frame in (0, *events)]
+        stretches = segments(closing_F, self.settings.debounce)
+        events, commands = [stretch.start for stretch in stretches[1:]], [stretch.closing for stretch in stretches]
         lines = [self._line(frame, thoughts[frame], events, commands) for frame in sorted(thoughts)]
         found: dict[int, list[Violation]] = {}
         for frame, violation in (

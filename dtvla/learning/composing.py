@@ -25,9 +25,9 @@ def made(cfg: DictConfig, **options: Any) -> Any:
         raise (error.__cause__ if isinstance(error.__cause__, UserError) else error) from None
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The values of a node, with all references resolved."""
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+def plain(cfg: Any) -> Any:
+    """The values of a node, with all references resolved; what is no node stays as it is."""
+    return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
 
 
 def check(cfg: DictConfig, *checks: Callable[[], object]) -> None:

@@ -16,12 +16,8 @@ from dtvla.cot.review.material import EpisodeFacts, LabelledFrame, Material, str
 from dtvla.errors import UserError
 
 FORMAT, VERSION = "dtvla.review_bundle", 1
-DAMAGED = (
-    zipfile.BadZipFile,
-    zlib.error,
-    NotImplementedError,
-    RuntimeError,
-)  # the latter: packed or locked in odd ways
+ODD_PACKING = (NotImplementedError, RuntimeError)  # what zipfile raises for a method that it lacks, and for a password
+DAMAGED = (zipfile.BadZipFile, zlib.error, *ODD_PACKING)
 HEAD, FRAMES, EPISODES = "bundle.json", "frames.jsonl", "episodes.jsonl"
 
 
