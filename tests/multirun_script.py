@@ -29,7 +29,7 @@ JOB = """
     class Odd(Exception):
         def __init__(self, a, b):  # can't be unpickled
             super().__init__(f"{a} and {b}")
-    print(f"this is job {cfg.x}, one of {jobs.jobs_at_a_time()} at a time")
+    print(f"this is job {cfg.x}, one of {jobs.jobs_at_a_time()} at a time", flush=True)
     print("command:", cli.command_line("demo"))
     if cfg.x == 2:
         raise UserError("x: found 2; choose another")

@@ -87,7 +87,7 @@ def test_a_killed_job_is_told_from_those_that_ended(script: Path, tmp_path: Path
     assert [(r.name, r.state) for r in records(tmp_path / "out")][-1] == ("x=5", "running")
     assert "1 no end  x=5" in done.stdout
     assert "killed, ran out of memory" in done.stdout
-    log = max((tmp_path / "out" / "multirun").iterdir()) / "0.log"
+    log = max((tmp_path / "out" / "multirun").iterdir()) / "1.log"
     assert "one of 2 at a time" in log.read_text(), "there are no more jobs"
 
 
