@@ -27,6 +27,7 @@ os.environ.update(
     MPLBACKEND="agg",
     DTVLA_ROOT=str(SCRATCH / "outputs"),
     TOKENIZERS_PARALLELISM="false",
+    TORCHINDUCTOR_VEC_ISA_OK="1",  # the processor says what it can; compiling a program to try it takes half a minute
     MESA_SHADER_CACHE_DISABLE="false",  # dtvla switches it off; here every simulator would compile the same shaders
     MESA_SHADER_CACHE_DIR=str(SCRATCH / "mesa"),
 )
