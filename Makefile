@@ -11,11 +11,10 @@ TASK     ?= 1
 EPISODES ?= 100
 OUT      ?= outputs/quickstart$(if $(filter-out libero_goal-1,$(SUITE)-$(TASK)),-$(SUITE)-$(TASK))
 
-# make test: what pytest gets, e.g. make test TESTS=tests/policy PYTEST="-x -k attention"; JOBS test files at a
-# time: one more than there are cores, as tests also wait, and at most 4 for their memory
+# make test: what pytest gets, e.g. make test TESTS=tests/policy PYTEST="-x -k attention"; JOBS test files at a time
 TESTS  ?= tests
 PYTEST ?=
-JOBS   ?= $(shell echo $$(($$(nproc) < 4 ? $$(nproc) + 1 : 4)))
+JOBS   ?= 2
 
 STUDIES = $(notdir $(patsubst %/commands.sh,%,$(wildcard experiments/*/commands.sh)))
 
