@@ -15,7 +15,6 @@ import pytest
 import yaml
 from forked import Command
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from multirun_script import records, run, write_script
 from omegaconf import OmegaConf
@@ -23,7 +22,7 @@ from test_evaluate import FAST, save_policy
 from training_data import TINY, write_demonstrations
 
 from dtvla import cli, multirun
-from dtvla.jobs import LONGEST_NAME, name_of, read_records
+from dtvla.jobs import LONGEST_NAME, in_multirun, name_of, read_records
 
 
 @pytest.fixture
@@ -233,7 +232,7 @@ def test_every_arm_of_an_evaluation_has_a_folder_of_its_own(outputs: Outputs, tm
     ]
     assert outputs("cot=think,mask", f"output={tmp_path}/mine") == ["mine/cot_think", "mine/cot_mask"]
     assert outputs("cot=think,mask", f"output='{tmp_path}/mine-${{cot.mode}}'") == ["mine-think", "mine-mask"]
-    assert not HydraConfig.initialized(), "tests that follow are no jobs of a multirun"
+    assert not in_multirun(), "tests that follow are no jobs of a multirun"
 
 
 def test_a_training_of_a_multirun_is_named_by_what_it_varies(
