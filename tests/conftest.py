@@ -6,6 +6,7 @@ a test starts. `MUJOCO_GL` is left alone: dtvla chooses a renderer that works, o
 
 import os
 import shutil
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ os.environ.update(
 )
 for folder in ("home", "mesa"):
     (SCRATCH / folder).mkdir()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job, and by all that it starts
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

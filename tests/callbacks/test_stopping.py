@@ -28,16 +28,15 @@ def wait_and_clean_up(trainer: Trainer) -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
+            pytest.fail("it was not interrupted")
         finally:
             os.kill(os.getpid(), signal.SIGTERM)  # another one must not disturb the cleaning up
 
 
 def test_sigterm_interrupts_once_and_is_remembered(trainer: Trainer) -> None:
     handler = signal.getsignal(signal.SIGTERM)
-    started = time.monotonic()
     with pytest.raises(stopping.Stopped):
         wait_and_clean_up(trainer)
-    assert time.monotonic() - started < 5
     assert stopping.asked(trainer)
     assert stopping.agreed(trainer)
     assert signal.getsignal(signal.SIGTERM) is handler

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -106,17 +105,21 @@ def test_episodes_do_not_depend_on_workers_batches_or_filming(three: EnvPool, tm
 
 @pytest.mark.sim
 def test_the_policy_decides_for_one_group_while_another_one_is_simulated(three: EnvPool) -> None:
-    class Slow(SeenPolicy):
+    class Watching(SeenPolicy):
         def act(self, observations: list[dict[str, Any]], cot: Any, **more: Any) -> list[Decision]:
-            simulating.append(sum(worker.overdue is not None for worker in three._workers))
-            time.sleep(0.05)  # as long as a chunk takes
+            slow, *others = three._workers
+            if len(self.batches) == 0:
+                os.kill(slow.process.pid, signal.SIGSTOP)
+            if len(self.batches) == 2:
+                assert slow.overdue is not None, "two decisions while it is simulated"
+                os.kill(slow.process.pid, signal.SIGCONT)
+                for worker in (slow, *others):  # all that are simulated wait for the third decision to be made
+                    assert worker.overdue is None or worker.pipe.poll(60)
             return super().act(observations, cot, **more)
 
-    simulating: list[int] = []
-    results = run_episodes(Slow(), specs(), three, THINK)
-    assert [r.init_state for r in results] == STATES
-    assert max(simulating) >= 2
-    assert len(simulating) < sum(len(r.thoughts) for r in results), "and it decides for several at once"
+    watching = Watching()
+    assert [r.init_state for r in run_episodes(watching, specs(), three, THINK)] == STATES
+    assert max(watching.batches) >= 2, "and it decides for several at once"
 
 
 @pytest.mark.sim
