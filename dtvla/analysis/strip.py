@@ -56,7 +56,7 @@ def read_pictures(video: Path) -> list[Image.Image]:
         with av.open(str(video)) as container:
             frames = [frame.to_image() for frame in container.decode(video=0)]
     except (OSError, av.error.FFmpegError) as error:
-        raise UserError(f"video: {video} cannot be read ({error}); evaluate again with record=1") from error
+        raise UserError(f"video: {video} cannot be read ({error.strerror}); evaluate again with record=1") from error
     shown = frames[: max(len(frames) - HOLD_FRAMES, 1)]
     return [f.crop((0, 0, f.width - PANEL_WIDTH, f.height)) for f in shown]
 
