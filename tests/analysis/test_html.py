@@ -321,6 +321,14 @@ def test_a_run_without_evaluations_has_a_page_of_its_training(tmp_path: Path) ->
     assert "Training of nano" in page.text
 
 
+@pytest.mark.parametrize("content", [b"data: [", b"\xff\xfe\x00", b"data: {root: '${oc.env:NOT_SET_ANYWHERE}'}", b"3"])
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> None:
+    write_training(tmp_path / "nano")
+    (tmp_path / "nano" / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"^config.yaml: .*nano/config.yaml cannot be read \(.+\); mend it, or set"):
+        render(find_sources([tmp_path / "nano"], tmp_path), "t", 0, 0)
+
+
 def test_the_page_lies_in_the_folder_that_holds_all(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [project / "evaluations" / "nano" / f"goal-{mode}" for mode in ("mask", "think")]
     path = write_report(config(project, *folders, films_mb=0))
