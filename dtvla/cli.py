@@ -11,8 +11,9 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,17 @@ def _put_users_folder_first(shipped: Path) -> Path:
         raise UserError(f"--config-dir: {own} is not a folder; name the folder that holds your configuration files")
     sys.argv[1:] = ["--config-dir", str(shipped), *others]
     return own
+
+
+def leading_words(arguments: Sequence[str], most: int = sys.maxsize) -> list[str]:
+    """Up to `most` words that come first on a command line and are no settings, quoted for Hydra.
+
+    A word is a setting when it holds ``=``, unless a file or folder of this name exists (multirun makes such names).
+    """
+    words = takewhile(
+        lambda word: not word.startswith("-") and ("=" not in word or Path(word).expanduser().exists()), arguments
+    )
+    return ["'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in islice(words, most)]
 
 
 def command_line(name: str) -> str | None:

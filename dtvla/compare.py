@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtvla.cli import entry
+from dtvla.cli import entry, leading_words
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -59,18 +59,9 @@ def run(cfg: "DictConfig") -> "Comparison":
 
 
 def name_words(arguments: Sequence[str]) -> list[str]:
-    """Turn the words that come first on the command line into settings ``a`` and ``b``, the rest as it is.
-
-    A word is a setting when it holds ``=``, unless a file or folder of this name exists (multirun makes such names).
-    """
-    named = list(arguments)
-    for place, name in enumerate(("a", "b")):
-        word = named[place] if place < len(named) else "-"
-        if word.startswith("-") or ("=" in word and not Path(word).expanduser().exists()):
-            break
-        quoted = word.replace("\\", "\\\\").replace("'", "\\'")
-        named[place] = f"{name}='{quoted}'"
-    return named
+    """Turn the words that come first on the command line into settings ``a`` and ``b``, the rest as it is."""
+    words = leading_words(arguments, most=2)
+    return [*(f"{name}={word}" for name, word in zip("ab", words, strict=False)), *arguments[len(words) :]]
 
 
 def _print(comparison: "Comparison", a: Path, b: Path) -> None:

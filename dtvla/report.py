@@ -9,10 +9,9 @@ Settings are in ``conf/report.yaml``.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtvla.cli import entry
+from dtvla.cli import entry, leading_words
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -32,19 +31,9 @@ def _main(cfg: "DictConfig") -> None:
 
 
 def name_folders(arguments: Sequence[str]) -> list[str]:
-    """Turn the words that come first on the command line into the setting ``folders``, the rest as it is.
-
-    A word is a setting when it holds ``=``, unless a file or folder of this name exists (multirun makes such names).
-    """
-    count = 0
-    for word in arguments:
-        if word.startswith("-") or ("=" in word and not Path(word).expanduser().exists()):
-            break
-        count += 1
-    if not count:
-        return list(arguments)
-    quoted = [word.replace("\\", "\\\\").replace("'", "\\'") for word in arguments[:count]]
-    return ["folders=[" + ",".join(f"'{word}'" for word in quoted) + "]", *arguments[count:]]
+    """Turn the words that come first on the command line into the setting ``folders``, the rest as it is."""
+    words = leading_words(arguments)
+    return [*([f"folders=[{','.join(words)}]"] if words else []), *arguments[len(words) :]]
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def make_clip(film: Path) -> Clip:
                 raise UserError(f"video: {film} is no film of dtvla evaluate; evaluate again with record=1")
             clip = _encode(_cropped(source))
     except (OSError, av.error.FFmpegError, StopIteration) as error:
-        raise UserError(f"video: {film} cannot be read ({error}); evaluate again with record=1") from error
+        why = getattr(error, "strerror", None) or "it is empty"
+        raise UserError(f"video: {film} cannot be read ({why}); evaluate again with record=1") from error
     return clip
 
 

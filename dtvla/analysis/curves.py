@@ -31,7 +31,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("loss", "cross entropy per token", ("loss",), logarithmic=True),
+    Panel("loss", "mean over tokens", ("loss",), logarithmic=True),
     Panel("action error", "mean absolute error, robot units", ("action_l1",), logarithmic=True),
     Panel("token accuracy", "share", ("action_accuracy", "thought_accuracy"), share=True),
     Panel("success in LIBERO", "share", ("success",), share=True),
@@ -85,7 +85,7 @@ def _select(series: Mapping[str, tuple[list[int], list[float]]], metric: str) ->
 
 @in_style
 def _draw_panels(panels: Sequence[Panel], series: Mapping[str, tuple[list[int], list[float]]]) -> "Figure":
-    figure = empty_figure(4.6 * len(panels), 3.5)
+    figure = empty_figure(4.4 * len(panels), 3.5)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_panel(axes, panel, series)
     return figure

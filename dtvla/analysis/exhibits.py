@@ -116,6 +116,9 @@ def make_exhibits(arms: Sequence[Arm], count: int, film_bytes: int) -> list[Exhi
             shown += [(key, arm.name, run.folder, e) for run, e in arm.episodes if episode_key(e) == key]
     films = [folder / str(e.video) for _, _, folder, e in shown if e.video]
     clips = dict(zip(films, make_clips(films, film_bytes), strict=True))
+    unread = [clip for clip in clips.values() if isinstance(clip, UserError)]
+    if unread:  # often all of them, where results were copied without their films
+        say(f"{unread[0]}" + (f" (and {len(unread) - 1} more films)" if len(unread) > 1 else ""))
     exhibits: dict[Key, Exhibit] = {}
     for key, arm_name, folder, episode in shown:
         film, lacking = _film(clips, folder, episode.video)
@@ -135,6 +138,5 @@ def _film(clips: Mapping[Path, Clip | UserError | None], folder: Path, video: st
         return None, ""
     clip = clips[folder / video]
     if isinstance(clip, UserError):
-        say(str(clip))
         return None, f"the film {video} cannot be read"
     return clip, "" if clip else f"the film {video} is left out for its size; a higher films_mb takes it in"

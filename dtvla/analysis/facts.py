@@ -81,6 +81,12 @@ def _configured_dataset(run: Path) -> Path | None:
     if not config.is_file():
         return None
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    root = OmegaConf.select(OmegaConf.load(config), "data.root")
+    try:
+        root = OmegaConf.select(OmegaConf.load(config), "data.root")
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"config.yaml: {config} cannot be read ({why}); mend it, or set dataset=FOLDER") from None
     return Path(str(root)) if root else None

@@ -6,6 +6,8 @@ it appears, so that no reader needs the colour. Figures are matplotlib's own: ch
 """
 
 import io
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -26,10 +28,11 @@ if TYPE_CHECKING:
 # M. Okabe, K. Ito, "Color Universal Design" (2008), ordered so that neighbours differ in grey, too
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++")
+HATCHES = ("", "///", "|||", "\\\\\\", "xxx", "---", "o", "+++")  # dots make large files: each is eight curves
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)), (0, (3, 4)))
 FORMATS = ("pdf", "svg", "png")
 GREY, INK = "#666666", "#222222"
+LINE = 0.135  # inches from line to line of 8 points
 _STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -134,14 +137,14 @@ def plot_tasks(rates: "pd.DataFrame") -> "Figure":
     tasks = list(dict.fromkeys(zip(rates["suite"], rates["task_id"], rates["task"], strict=True)))
     one_suite = rates["suite"].nunique() == 1
     styles = arm_styles(_arms(rates))
-    figure, axes = new_figure(5.4, 1.0 + (0.22 + 0.11 * len(styles)) * len(tasks))
+    figure, axes = new_figure(4.4, 1.0 + (0.22 + 0.11 * len(styles)) * len(tasks))
     places = {task[:2]: place for place, task in enumerate(tasks)}
     for number, (arm, style) in enumerate(styles.items()):
         rows = rates[rates["arm"] == arm]
         shift = (number - (len(styles) - 1) / 2) * 0.64 / len(styles)
         heights = [places[key] + shift for key in zip(rows["suite"], rows["task_id"], strict=True)]
         axes.errorbar(100 * rows["rate"], heights, xerr=_errors(rows), label=arm, capsize=0, **style.dots)
-    _name_rows(axes, [f"{k}: {words}" if one_suite else f"{suite} {k}: {words}" for suite, k, words in tasks])
+    _name_rows(figure, axes, [f"{k}: {words}" if one_suite else f"{suite} {k}: {words}" for suite, k, words in tasks])
     axes.set_xlim(-3, 103)
     axes.set_xlabel("success, %, with 95 % interval")
     for place in range(1, len(tasks)):
@@ -169,9 +172,9 @@ def plot_differences(compared: "pd.DataFrame", arms: Sequence[str] = ()) -> "Fig
         ends = errors[:, [place]]
         axes.errorbar(100 * row["difference"], place, xerr=ends, markerfacecolor=face, **style.dots)
     axes.axvline(0, color=INK, linewidth=0.8)
-    _name_rows(axes, compared[[*parts, "arm"]].astype(str).agg(", ".join, axis=1))
+    _name_rows(figure, axes, compared[[*parts, "arm"]].astype(str).agg(", ".join, axis=1))
     axes.set_xlabel("difference, percentage points")
-    _note(axes, f"against {baseline}; 95 % intervals; filled: p < 0.05 after Holm's correction")
+    _note(figure, axes, f"against {baseline}; 95 % intervals; filled: p < 0.05 after Holm's correction")
     return figure
 
 
@@ -195,14 +198,15 @@ def plot_latency(decisions: "pd.DataFrame") -> "Figure":
         box.set(**style.area)
     for place, values in enumerate(times):
         axes.annotate(f"{values.median():.3g} ms", (values.median(), place - 0.42), ha="center", fontsize=7.5)
-    _name_rows(axes, styles)
+    _name_rows(figure, axes, styles)
+    axes.set_ylim(top=-0.8)  # room for the first median
     low, high = timed["latency_ms"].quantile([0.01, 0.99])
     if high > 10 * low > 0:
         logarithmic(axes.xaxis)
     else:
         axes.set_xlim(left=0)
     axes.set_xlabel("ms per decision")
-    _note(axes, "median, quartiles, 1st and 99th percentile")
+    _note(figure, axes, "median, quartiles, 1st and 99th percentile")
     return figure
 
 
@@ -225,6 +229,8 @@ def plot_over_time(course: "pd.DataFrame", unit: str = "tokens of a thought") ->
             color=style.colour,
             marker=style.marker,
             markersize=4.5,
+            markeredgecolor=INK,
+            markeredgewidth=0.6,
             markevery=max(1, len(rows) // 12),
             linewidth=1.6,
             label=arm,
@@ -232,7 +238,7 @@ def plot_over_time(course: "pd.DataFrame", unit: str = "tokens of a thought") ->
         axes.fill_between(rows["step"], rows["low"], rows["high"], color=style.colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("policy step of the episode")
     axes.set_ylabel(f"{unit}, mean and quartiles")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * float(course[["mean", "high"]].max(axis=None)) or None)
     axes.set_xlim(left=0)
     axes.grid()
     legend_above(figure, axes)
@@ -310,9 +316,11 @@ def _errors(rows: "pd.DataFrame") -> Any:
     return 100 * np.stack([rows["rate"] - rows["low"], rows["high"] - rows["rate"]]).clip(min=0)
 
 
-def _name_rows(axes: "Axes", names: Iterable[str]) -> None:
-    """Name the rows at heights 0, 1, ..., the first above."""
+def _name_rows(figure: "Figure", axes: "Axes", names: Iterable[str]) -> None:
+    """Name the rows at heights 0, 1, ..., the first above; where names take many lines, the figure grows."""
     wrapped = [_wrapped(name, 34) for name in names]
+    lines = max(name.count("\n") + 1 for name in wrapped)
+    figure.set_figheight(max(figure.get_figheight(), 1.0 + (LINE * lines + 0.05) * len(wrapped)))
     axes.set_yticks(range(len(wrapped)), wrapped, fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(wrapped) - 0.5, -0.5)
@@ -324,18 +332,26 @@ def legend_above(figure: "Figure", axes: "Axes") -> None:
     handles, labels = axes.get_legend_handles_labels()
     letters = int(15 * figure.get_figwidth())  # of 8 points; a handle with its gaps takes the room of ten
     columns = max(1, min(len(labels), letters // (max(map(len, labels)) + 10)))
-    words = [_wrapped(label, letters - 10) for label in labels]
+    row_by_row = [place for column in range(columns) for place in range(column, len(labels), columns)]
+    handles = [handles[place] for place in row_by_row]  # matplotlib fills column by column
+    words = [_wrapped(labels[place], letters - 10) for place in row_by_row]
     lines = sum(text.count("\n") + 1 for text in words) / columns
     figure.set_figheight(figure.get_figheight() + 0.17 * lines)
     figure.legend(handles, words, loc="outside upper left", ncols=columns, handlelength=3.2)
 
 
-def _note(axes: "Axes", text: str) -> None:
-    """How to read the plot, above its right end."""
-    axes.set_title(_wrapped(text, 52), fontsize=8, color=GREY, loc="right")
+def _note(figure: "Figure", axes: "Axes", text: str) -> None:
+    """How to read the plot, above its right end; what it needs beyond a line is added to the height."""
+    words = _wrapped(text, 52)
+    figure.set_figheight(figure.get_figheight() + LINE * words.count("\n"))
+    axes.set_title(words, fontsize=8, color=GREY, loc="right")
+
+
+class _Wrapper(textwrap.TextWrapper):
+    """Breaks lines at spaces and, as names of runs and arms have few, behind signs inside of names."""
+
+    wordsep_simple_re = re.compile(r"( +|(?<=[-_+./=])(?=[^\W\d_]))")
 
 
 def _wrapped(text: str, width: int) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(printable(text), width))
+    return _Wrapper(width, break_on_hyphens=False).fill(printable(text))

@@ -116,7 +116,7 @@ def differences_section(frame: "pd.DataFrame") -> Section | None:
         title,
         said + [_verdict(row) for row in compared.to_dict("records")],
         [Picture(plot_differences(compared, arms), f"differences from {arms[0]} with their intervals")],
-        [Table(*difference_table(compared))],
+        [Table(*difference_table(compared, name_baseline=False))],
         "Differences in percentage points. Intervals come from the paired bootstrap, stratified by task, or from "
         "Newcombe's method where the pairs of every task agree. lost:won are the pairs that only the baseline, and "
         "only the arm, solved; p is McNemar's, exact, with the seeds of an init state taken together, and Holm's "
@@ -162,8 +162,8 @@ def _verdict(row: Mapping[str, Any]) -> str:
     low, high = 100 * row["low"], 100 * row["high"]
     judged = "more than chance" if row["p_holm"] < SIGNIFICANT else "may be chance"
     return (
-        f"{row['arm']} against {row['baseline']}: {100 * row['difference']:+.1f} points (95 % interval {low:+.1f} to "
-        f"{high:+.1f}) over {row['pairs']} pairs: {judged} (p {p_value(row['p_holm'])}, corrected)."
+        f"{row['arm']}: {100 * row['difference']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}) over "
+        f"{row['pairs']} pairs: {judged} (p {p_value(row['p_holm'])}, corrected)."
     )
 
 

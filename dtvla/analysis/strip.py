@@ -56,7 +56,7 @@ def read_pictures(video: Path) -> list[Image.Image]:
         with av.open(str(video)) as container:
             frames = [frame.to_image() for frame in container.decode(video=0)]
     except (OSError, av.error.FFmpegError) as error:
-        raise UserError(f"video: {video} cannot be read ({error}); evaluate again with record=1") from error
+        raise UserError(f"video: {video} cannot be read ({error.strerror}); evaluate again with record=1") from error
     shown = frames[: max(len(frames) - HOLD_FRAMES, 1)]
     return [f.crop((0, 0, f.width - PANEL_WIDTH, f.height)) for f in shown]
 
@@ -73,9 +73,9 @@ def draw_strip(episode: EpisodeResult, pictures: Sequence[Image.Image], path: Pa
     chosen = choose_decisions(episode, count)
     width = CELL_WIDTH
     height = round(pictures[0].height * width / pictures[0].width)
-    columns, rows = min(COLUMNS, len(chosen)), -(-len(chosen) // COLUMNS)
+    rows = -(-len(chosen) // COLUMNS)
     cell_height = height + TEXT_HEIGHT + MARGIN
-    size = (MARGIN + columns * (width + MARGIN), HEADER + rows * cell_height)
+    size = (MARGIN + COLUMNS * (width + MARGIN), HEADER + rows * cell_height)
     canvas = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     outcome, colour = (
@@ -83,12 +83,14 @@ def draw_strip(episode: EpisodeResult, pictures: Sequence[Image.Image], path: Pa
         if episode.success
         else (f"not solved after {episode.steps} steps", FAILURE)
     )
-    draw.text((MARGIN, HEADER // 2), episode.instruction, INK, font(24, bold=True), anchor="lm")
     where = f"init state {episode.init_state}:  "
     end = size[0] - MARGIN
     draw.text((end, HEADER // 2), outcome, colour, font(20, bold=True), anchor="rm")
     end -= round(font(20, bold=True).getlength(outcome))
     draw.text((end, HEADER // 2), where, FAINT, font(20), anchor="rm")
+    room = end - round(font(20).getlength(where)) - 2 * MARGIN
+    letters, lines = fit(episode.instruction, room, HEADER - 8, largest=24)
+    draw.text((MARGIN, HEADER // 2), "\n".join(lines), INK, letters, anchor="lm")
     texts = [episode.thoughts[decision].text or NO_THOUGHT for decision in chosen]
     size_of_all = min(int(fit(text, width, TEXT_HEIGHT - 40)[0].size) for text in texts)
     for place, decision in enumerate(chosen):

@@ -41,8 +41,13 @@ def crossed_success_table(rates: "pd.DataFrame", across: str = "suite") -> Table
     return header, [[*map(str, key), *(cells.get(side, "-") for side in sides)] for key, cells in rows.items()]
 
 
-def difference_table(compared: "pd.DataFrame") -> Table:
-    """Differences of :func:`dtvla.analysis.ablation.compare_arms` in percentage points, with intervals and p-values."""
+def difference_table(compared: "pd.DataFrame", *, name_baseline: bool = True) -> Table:
+    """Differences of :func:`dtvla.analysis.ablation.compare_arms` in percentage points, with intervals and p-values.
+
+    Args:
+        compared: of that function.
+        name_baseline: with a column that names it; not needed below a heading that does.
+    """
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "against": lambda row: str(row["baseline"]),
         "pairs": lambda row: str(row["pairs"]),
@@ -56,6 +61,8 @@ def difference_table(compared: "pd.DataFrame") -> Table:
     }
     if not compared[["left_out", "baseline_left_out"]].any(axis=None):
         del columns["without partner"]
+    if not name_baseline:
+        del columns["against"]
     place = list(compared.columns).index("baseline")
     return _table(compared, list(compared.columns[:place]), columns)
 

@@ -58,7 +58,7 @@ def thought_lengths(
     groups = list(by)
     need_columns(decisions, [*groups, "tokens", "forwards", "thought", "truncated"])
     table = _quantiles(decisions, groups, "tokens", quantiles, "_tokens")
-    words = decisions["thought"].str.split().str.len()
+    words = [len(thought.split()) for thought in decisions["thought"]]  # pandas' str.split takes six times as long
     grouped = decisions.assign(words=words).groupby(groups, sort=False, dropna=False)
     more = grouped.agg(
         longest=("tokens", "max"),

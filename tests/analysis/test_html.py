@@ -91,13 +91,13 @@ def test_differences_are_paired_and_corrected(project: Path, page: Page) -> None
         other = {episode_key(e): e.success for e in results_of(project, row[0]).episodes}
         lost, won = (sum(think[k] is side and other[k] is not side for k in think) for side in (True, False))
         plain.append(binomtest(lost, lost + won).pvalue)
-        assert row[1:3] == ["think", str(len(think))]
-        assert row[4:6] == [f"{lost}:{won}", f"{100 * (won - lost) / len(think):+.1f}"]
+        assert row[1] == str(len(think))
+        assert row[3:5] == [f"{lost}:{won}", f"{100 * (won - lost) / len(think):+.1f}"]
     ranked = sorted(plain)
     assert 1e-4 < ranked[0] < ranked[1] < 0.5  # else no correction would be seen
     for row, p in zip(page.tables["differences"][1:], plain, strict=True):
         holm = max(min(1.0, (2 - place) * q) for place, q in enumerate(ranked) if q <= p)
-        assert row[7:9] == [p_value(q) for q in (p, holm)]
+        assert row[6:8] == [p_value(q) for q in (p, holm)]
         assert ("more than chance" if holm < 0.05 else "may be chance") in page.text
 
 
@@ -226,6 +226,21 @@ def test_a_film_that_cannot_be_read_is_named_without_this_machines_folders(
     assert str(film) in capsys.readouterr().err
 
 
+def test_films_that_are_gone_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = write_evaluation(tmp_path, "think", 0.5, tasks=1, filmed=[2, 3, 4])
+    films = [tmp_path / str(episode.video) for episode in results.episodes if episode.video]
+    for film in films:
+        film.unlink()
+    text = render(find_sources([tmp_path], tmp_path), "t", 6, 8)
+    assert text.count("cannot be read") == 3
+    assert "moment of the film" not in text
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning == (
+        f"warning: video: {films[0]} cannot be read (No such file or directory); evaluate again with record=1 "
+        "(and 2 more films)"
+    )
+
+
 def test_what_stands_in_results_stays_text(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x00\u202e\ud800 {{ 7 * 7 }}"
     write_evaluation(tmp_path / "e", "think", 0.5, words=evil, suite="<b>goal</b>")
@@ -247,7 +262,7 @@ def test_differences_of_the_rules_and_unpaired_episodes_are_said(tmp_path: Path)
     assert page.sections[0] == "warnings"
     assert "render differs: draft in a; full in b" in page.text
     assert "6 of the 20 episodes of arm think are not in all arms" in page.text
-    assert page.tables["differences"][1][2] == "14"
+    assert page.tables["differences"][1][1] == "14"
     assert page.tables["differences"][1][-1] == "10, 6"
 
 
@@ -276,7 +291,7 @@ def test_one_arm_over_several_suites_is_one_arm(tmp_path: Path) -> None:
     page = Page(render(find_sources([tmp_path], tmp_path), "t", 0, 0))
     assert [row[:2][0] for row in page.tables["success"][1:]] == ["think", "mask"]
     assert [row[0] for row in page.tables["suites"][1:]] == ["libero_goal", "libero_object"]
-    assert page.tables["differences"][1][2] == "40"
+    assert page.tables["differences"][1][1] == "40"
 
 
 def test_folders_keep_their_order_and_the_first_is_the_baseline(tmp_path: Path) -> None:
@@ -304,6 +319,14 @@ def test_a_run_without_evaluations_has_a_page_of_its_training(tmp_path: Path) ->
     page = Page(render(find_sources([tmp_path / "nano"], tmp_path / "evaluations"), "t", 6, 8))
     assert page.sections == ["training-nano", "demonstrations-nano"]
     assert "Training of nano" in page.text
+
+
+@pytest.mark.parametrize("content", [b"data: [", b"\xff\xfe\x00", b"data: {root: '${oc.env:NOT_SET_ANYWHERE}'}", b"3"])
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> None:
+    write_training(tmp_path / "nano")
+    (tmp_path / "nano" / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"^config.yaml: .*nano/config.yaml cannot be read \(.+\); mend it, or set"):
+        render(find_sources([tmp_path / "nano"], tmp_path), "t", 0, 0)
 
 
 def test_the_page_lies_in_the_folder_that_holds_all(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,16 @@ def test_nothing_is_wider_than_the_screen(browser: Any, address: str, width: int
     assert outside == []
 
 
+def test_tables_are_whole_on_paper(browser: Any, address: str) -> None:
+    show(browser, address, 720)  # of A4, in CSS's pixels
+    widths = "[...document.querySelectorAll('.scroll:has(table)')].map(e => [e.scrollWidth, e.clientWidth])"
+    assert any(needed > there for needed, there in ask(browser, widths))  # on a screen they scroll
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    found = ask(browser, widths)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert all(needed <= there for needed, there in found)
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_figures_are_drawn_large_enough_to_read(browser: Any, address: str, width: int) -> None:
     """Letters of 8 points or more, in a figure that is shown at 0.8 of its size or more, have 8 pixels or more."""

@@ -116,6 +116,34 @@ def test_nothing_is_cut_off(figures: dict[str, Figure]) -> None:
             assert frame.y0 >= figure.axes[0].bbox.y1, name
 
 
+def test_names_of_rows_break_behind_signs_and_do_not_overlap(runs: list[Run], frame: pd.DataFrame) -> None:
+    name = "model.decoder_autoregressive+thoughts_with+temperature=0.7+seed_0/last.policy+"
+    named = frame.assign(arm=name + frame["arm"], task=name)
+    decisions = decision_frame(runs)
+    drawn = (
+        plot_differences(compare_arms(named, f"{name}think", n_boot=200)),
+        plot_latency(decisions.assign(arm=name + decisions["arm"])),
+        plot_tasks(success(named[named["arm"] == f"{name}think"], ["arm", "suite", "task_id", "task"])),
+    )
+    for figure in drawn:
+        figure.canvas.draw()
+        labels = figure.axes[0].get_yticklabels()
+        assert all(line[-1] in "-_+./=," for label in labels for line in label.get_text().split("\n")[:-1])
+        boxes = [label.get_window_extent() for label in labels]
+        assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
+
+
+def test_legends_are_read_row_by_row(frame: pd.DataFrame) -> None:
+    arms = [f"arm {number}" for number in range(5)]
+    rates = pd.concat([success(frame).head(1).assign(arm=arm) for arm in arms])
+    figure = plot_success(rates)
+    figure.canvas.draw()
+    texts = figure.legends[0].get_texts()
+    places = {text.get_text(): text.get_window_extent() for text in texts}
+    assert len({round(place.y0) for place in places.values()}) > 1
+    assert sorted(places, key=lambda arm: (-round(places[arm].y0), places[arm].x0)) == arms
+
+
 def test_bars_are_the_rates_with_their_intervals(figures: dict[str, Figure], frame: pd.DataFrame) -> None:
     (axes,) = figures["suites"].axes
     rates = success(frame, ["arm", "suite"])

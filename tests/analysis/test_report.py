@@ -13,7 +13,7 @@ from PIL import Image
 
 from dtvla.analysis.curves import plot_curves, read_metrics, smooth
 from dtvla.analysis.report import write_report
-from dtvla.analysis.strip import choose_decisions
+from dtvla.analysis.strip import HEADER, choose_decisions, draw_strip
 from dtvla.analysis.tables import duration, markdown_table
 from dtvla.errors import UserError
 from dtvla.rollout.results import EpisodeResult, Results, Thought, machine, versions, write_results
@@ -120,6 +120,20 @@ def test_strip_takes_its_pictures_at_the_steps_of_the_thoughts(page: Path) -> No
     cells = [pixels[76:300, 24 + k * 584 : 24 + k * 584 + 560] for k in range(3)]
     assert np.abs(cells[0] - cells[1]).mean() > 10
     assert np.abs(cells[1] - cells[2]).mean() > 10
+
+
+@pytest.mark.parametrize("decisions", [1, 6])
+def test_long_instructions_leave_the_outcome_on_a_strip_alone(tmp_path: Path, decisions: int) -> None:
+    headers = []
+    for words in ("pick", "put the white mug on the left plate and the yellow mug on the right plate " * 4):
+        thoughts = [Thought(k, "t") for k in range(decisions)]
+        episode = EpisodeResult("libero_10", 0, words, 30, 0, False, 620, thoughts)
+        strip = draw_strip(episode, [Image.new("RGB", (96, 48))] * 6, tmp_path / "strip.png")
+        headers.append(np.asarray(Image.open(strip))[:HEADER].astype(int))
+    changed = np.abs(headers[0] - headers[1]).sum(axis=(0, 2)) > 0
+    outcome = headers[0][:, changed.nonzero()[0].max() + 1 :]
+    assert np.ptp(outcome, axis=1).any(axis=1).sum() > 10  # rows with letters
+    assert changed.mean() > 0.5
 
 
 def test_warnings_stand_above_and_films_that_are_gone_are_named(project: Path, tmp_path: Path) -> None:
