@@ -120,6 +120,25 @@ def test_pairs_that_all_agree_leave_a_width() -> None:
         assert -1.0 == row["difference"] == row["low"] < row["high"] < widest
 
 
+@pytest.mark.parametrize(("pairs", "probabilities"), [(10, (0.2, 0.05, 0.7, 0.05)), (20, (0.7, 0.05, 0.2, 0.05))])
+def test_interval_covers_the_true_difference_of_few_pairs(
+    pairs: int, probabilities: tuple[float, float, float, float]
+) -> None:
+    """One task; both, only the baseline, only the arm, or neither succeeds. 95 % is promised."""
+    drawn = np.random.default_rng(3).multinomial(pairs, probabilities, 1500)
+    tables, counts = np.unique(drawn, axis=0, return_counts=True)
+    covered = 0
+    for table, count in zip(tables, counts.tolist(), strict=True):
+        ends = np.repeat([(True, True), (True, False), (False, True), (False, False)], table, axis=0)
+        runs = [
+            Run(mode, Path(), evaluation([episode(0, state, bool(end)) for state, end in enumerate(ends[:, k])], mode))
+            for k, mode in enumerate(("think", "mask"))
+        ]
+        row = compare_arms(episode_frame(runs), "think", n_boot=400).iloc[0]
+        covered += count * (row["low"] <= probabilities[2] - probabilities[1] <= row["high"])
+    assert 0.93 <= covered / 1500 <= 0.99
+
+
 def test_seeds_do_not_narrow_what_they_repeat(capsys: pytest.CaptureFixture[str]) -> None:
     one = success(random_arms(4))
     often = random_arms(4).merge(pd.DataFrame({"again": range(10)}), how="cross")
