@@ -2,8 +2,8 @@
 
 Four tables lie beside this file, in ``published/``: ``tasks.csv`` (successes in DeepThinkVLA's own logs, of 50 episodes
 of every task), ``systems.csv`` (percentages that are printed for other systems and settings), ``claims.csv`` (what is
-printed about DeepThinkVLA) and ``latency.csv`` (speed and memory). Every row names its source; everything else is
-computed from them.
+printed about DeepThinkVLA) and ``latency.csv`` (speed and memory: of decisions, RL, evaluation and training). Every row
+names its source; everything else is computed from them.
 """
 
 from typing import TYPE_CHECKING

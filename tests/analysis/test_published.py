@@ -18,7 +18,7 @@ KEYS = {
     "tasks": ["run", "suite", "task_id"],
     "systems": ["run", "benchmark", "split"],
     "claims": ["run", "baseline", "split", "source"],
-    "latency": ["system", "setting", "quantity"],
+    "latency": ["system", "setting", "hardware", "quantity"],
 }
 
 
