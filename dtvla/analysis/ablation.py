@@ -19,7 +19,7 @@ _PARTS = ("suite", "task_id")
 _STATE = ["suite", "task_id", "init_state"]
 
 
-def success(frame: "pd.DataFrame", by: Sequence[str] = ("arm",)) -> "pd.DataFrame":
+def success(frame: "pd.DataFrame", by: str | Sequence[str] = ("arm",)) -> "pd.DataFrame":
     """Success rates with Wilson's 95 % intervals; what stands against pooling the rows is said.
 
     Several episodes of an init state (seeds, or runs that are pooled) are not taken for independent, see
@@ -41,11 +41,11 @@ def success(frame: "pd.DataFrame", by: Sequence[str] = ("arm",)) -> "pd.DataFram
     return success_rates(frame, by)
 
 
-def success_rates(frame: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
+def success_rates(frame: "pd.DataFrame", by: str | Sequence[str]) -> "pd.DataFrame":
     """As :func:`success`, for callers that have said what stands against pooling."""
     import pandas as pd
 
-    groups = list(by)
+    groups = columns(by)
     need_columns(frame, [*groups, *_STATE, "success"])
     rows = []
     for names, part in frame.groupby(groups, sort=False, dropna=False):
@@ -58,7 +58,7 @@ def compare_arms(
     frame: "pd.DataFrame",
     baseline: str,
     *,
-    by: Sequence[str] = (),
+    by: str | Sequence[str] = (),
     n_boot: int = 10_000,
     seed: int = 0,
 ) -> "pd.DataFrame":
@@ -87,13 +87,14 @@ def compare_arms(
     """
     import pandas as pd
 
-    groups = list(by)
+    groups = columns(by)
     need_columns(frame, ["run", "arm", *KEY, "success"])
     if not set(groups) <= set(_PARTS):
         raise UserError(f"by: found {groups}; use none, or some of {', '.join(_PARTS)}")
     arms = list(dict.fromkeys(frame["arm"]))
     if baseline not in arms or len(arms) < 2:
-        raise UserError(f"baseline: found {baseline!r}; give one of at least two arms; there are {', '.join(arms)}")
+        known = "; ".join(map(str, arms))
+        raise UserError(f"baseline: found {baseline!r}; give one of at least two arms; there are {known}")
     for sentence in check_poolable(frame):
         say(sentence)
     outcomes = {arm: _outcomes(frame, arm) for arm in arms}
@@ -112,6 +113,11 @@ def compare_arms(
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc("p_value") + 1, "p_holm", holm(table["p_value"].tolist()))
     return table
+
+
+def columns(by: str | Sequence[str]) -> list[str]:
+    """Names of columns, of which a single one may be given alone."""
+    return [by] if isinstance(by, str) else list(by)
 
 
 def need_columns(frame: "pd.DataFrame", names: Sequence[str]) -> None:

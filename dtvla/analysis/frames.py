@@ -94,6 +94,8 @@ def read_runs(paths: Paths) -> list[Run]:
         UserError: nothing is there, or a file is damaged.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not given:
+        raise UserError("results: no folder was given; give folders that dtvla evaluate wrote")
     folders: dict[Path, None] = {}
     unfinished: dict[Path, None] = {}
     for path in (Path(p).expanduser() for p in given):
@@ -187,6 +189,8 @@ def _different(rows: "pd.DataFrame", column: str) -> list[str]:
 def _unpaired(frame: "pd.DataFrame") -> list[str]:
     keys = {arm: set(rows[KEY].itertuples(index=False, name=None)) for arm, rows in frame.groupby("arm", sort=False)}
     shared = set.intersection(*keys.values()) if keys else set()
+    if keys and not shared:
+        return [f"none of the {len(set().union(*keys.values()))} episodes is in all arms"]
     alone = {arm: len(own) - len(shared) for arm, own in keys.items() if len(own) > len(shared)}
     return [
         f"{count} of the {len(keys[arm])} episodes of arm {arm} are not in all arms" for arm, count in alone.items()

@@ -59,6 +59,7 @@ def test_rates_are_counted_and_have_scipys_intervals(capsys: pytest.CaptureFixtu
         assert (row["successes"], row["episodes"]) == (sum(own), len(own))
         assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
     assert success(frame)["episodes"].sum() == len(frame)
+    pd.testing.assert_frame_equal(success(frame, "suite"), success(frame, ["suite"]))
     assert "episodes of arm mask are not in all arms" in capsys.readouterr().err
 
 
@@ -175,8 +176,11 @@ def test_other_rules_are_said_before_numbers_are_given(capsys: pytest.CaptureFix
 
 def test_what_cannot_be_compared_is_refused() -> None:
     frame = random_arms(1)
-    with pytest.raises(UserError, match=r"^baseline: found 'nothing'; .*there are think, mask, random"):
+    with pytest.raises(UserError, match=r"^baseline: found 'nothing'; .*there are think; mask; random$"):
         compare_arms(frame, "nothing")
+    numbered = frame.assign(arm=frame["run"].factorize()[0])
+    with pytest.raises(UserError, match="there are 0; 1; 2; 3; 4; 5$"):
+        compare_arms(numbered, "think")
     with pytest.raises(UserError, match=r"^baseline: .*at least two arms"):
         compare_arms(frame[frame["arm"] == "think"], "think")
     with pytest.raises(UserError, match=r"^by: found \['seed'\]"):
