@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dtvla.analysis.pairing import SELECTION, SUBJECT
+from dtvla.analysis.pairing import COMPUTED_ON, SELECTION, SUBJECT
 from dtvla.errors import UserError
 from dtvla.rollout.journal import RUN_FILE
 from dtvla.rollout.results import RESULTS_FILE, EpisodeResult, Results, policy_name, read_results
@@ -219,7 +219,7 @@ def _run_facts(results: Results) -> dict[str, Any]:
         else:
             subject[name] = value
     rules = {f"rule.{k}": _plain(v) for k, v in settings.items() if k not in (*SUBJECT, *SELECTION)}
-    rules |= {f"rule.{name}": provenance.get(name) for name in ("device", "dtype")}
+    rules |= {f"rule.{name}": provenance.get(name) for name in COMPUTED_ON}
     digest = settings.get("checkpoint_sha256")
     machine = provenance.get("machine", {})
     return {
