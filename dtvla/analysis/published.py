@@ -26,6 +26,10 @@ NAMES = {
     "random": "DeepThinkVLA SFT, random thought",
     "hybrid-cot": "hybrid decoder with thought",
     "autoregressive-cot": "autoregressive decoder with thought",
+    "sft-thinking": "SFT with thought",
+    "sft-thinking-shifted": "SFT with thought, under shift",
+    "sft-silent": "SFT without thought",
+    "sft-silent-shifted": "SFT without thought, under shift",
 }
 # The published 97.0 % takes the second run's Object and the first run's rest; Spatial and Long are equal in both.
 HEADLINE = {"libero_spatial": "rl1", "libero_object": "rl2", "libero_goal": "rl1", "libero_10": "rl1"}
