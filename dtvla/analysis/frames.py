@@ -149,7 +149,8 @@ def check_poolable(frame: "pd.DataFrame") -> list[str]:
     """What stands against reading the rows as one experiment, a sentence each; none when nothing does.
 
     Named are rules (of the simulation, device, type of numbers) and versions that differ, tasks whose instruction
-    differs, episodes that stand twice in an arm, and episodes that not all arms have run.
+    differs, settings under study that differ within an arm (of frames that were joined, or arms that were renamed),
+    episodes that stand twice in an arm, and episodes that not all arms have run.
 
     Args:
         frame: of :func:`episode_frame`, all or part of it.
@@ -163,7 +164,13 @@ def check_poolable(frame: "pd.DataFrame") -> list[str]:
     words = frame.groupby(["suite", "task_id"], sort=False)["task"].unique()
     for (suite, task_id), texts in words[words.str.len() > 1].items():
         found.append(f"instruction of {suite} task {task_id} differs: {' / '.join(texts)}")
+    subject = [c for c in frame.columns if c in ("checkpoint", "decoder") or c.split(".")[0] in SUBJECT[1:]]
     for arm, rows in frame.groupby("arm", sort=False):
+        runs = rows.drop_duplicates("run")[["run", *subject]].astype(object)
+        runs = runs.where(runs.notna(), None)  # what a run does not have is as good as none here
+        found += [
+            f"{column} differs within arm {arm}: {what}" for column in subject for what in _different(runs, column)
+        ]
         twice = int(rows.duplicated(KEY).sum())
         if twice:
             found.append(f"{twice} episodes stand twice or more in arm {arm} (runs {_listed(rows['run'].unique())})")
