@@ -12,11 +12,14 @@ from dtvla.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+LEAST_RARER = 10
+"""Fewest init states that end otherwise than most of their task for a bootstrap; with fewer it is too sure: its 95 %
+intervals then cover as little as 80 % (ten or twenty pairs)."""
 _PARTS = ("suite", "task_id")
 _STATE = ["suite", "task_id", "init_state"]
 
 
-def success(frame: "pd.DataFrame", by: Sequence[str] = ("arm",)) -> "pd.DataFrame":
+def success(frame: "pd.DataFrame", by: str | Sequence[str] = ("arm",)) -> "pd.DataFrame":
     """Success rates with Wilson's 95 % intervals; what stands against pooling the rows is said.
 
     Several episodes of an init state (seeds, or runs that are pooled) are not taken for independent, see
@@ -38,11 +41,11 @@ def success(frame: "pd.DataFrame", by: Sequence[str] = ("arm",)) -> "pd.DataFram
     return success_rates(frame, by)
 
 
-def success_rates(frame: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
+def success_rates(frame: "pd.DataFrame", by: str | Sequence[str]) -> "pd.DataFrame":
     """As :func:`success`, for callers that have said what stands against pooling."""
     import pandas as pd
 
-    groups = list(by)
+    groups = columns(by)
     need_columns(frame, [*groups, *_STATE, "success"])
     rows = []
     for names, part in frame.groupby(groups, sort=False, dropna=False):
@@ -55,16 +58,16 @@ def compare_arms(
     frame: "pd.DataFrame",
     baseline: str,
     *,
-    by: Sequence[str] = (),
+    by: str | Sequence[str] = (),
     n_boot: int = 10_000,
     seed: int = 0,
 ) -> "pd.DataFrame":
     """Every arm against a baseline over the episodes that both have run; what limits the comparison is said.
 
     Episodes are paired by suite, task, init state and seed. ``low`` and ``high`` are the 95 % interval of the paired
-    bootstrap, stratified by task, which draws init states with all their seeds; where the pairs of every task agree,
-    so that it has no width, they are those of :attr:`dtvla.analysis.pairing.Paired.interval`. ``p_value`` is that of
-    McNemar's exact test; where an init state has several seeds, of its generalisation
+    bootstrap, stratified by task, which draws init states with all their seeds; where fewer than :data:`LEAST_RARER`
+    init states end otherwise than most of their task, they are those of :attr:`dtvla.analysis.pairing.Paired.interval`.
+    ``p_value`` is that of McNemar's exact test; where an init state has several seeds, of its generalisation
     :func:`dtvla.analysis.pairing.flip_test`. ``p_holm`` is corrected for all rows of the table.
 
     Args:
@@ -84,13 +87,14 @@ def compare_arms(
     """
     import pandas as pd
 
-    groups = list(by)
+    groups = columns(by)
     need_columns(frame, ["run", "arm", *KEY, "success"])
     if not set(groups) <= set(_PARTS):
         raise UserError(f"by: found {groups}; use none, or some of {', '.join(_PARTS)}")
     arms = list(dict.fromkeys(frame["arm"]))
     if baseline not in arms or len(arms) < 2:
-        raise UserError(f"baseline: found {baseline!r}; give one of at least two arms; there are {', '.join(arms)}")
+        known = "; ".join(map(str, arms))
+        raise UserError(f"baseline: found {baseline!r}; give one of at least two arms; there are {known}")
     for sentence in check_poolable(frame):
         say(sentence)
     outcomes = {arm: _outcomes(frame, arm) for arm in arms}
@@ -109,6 +113,11 @@ def compare_arms(
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc("p_value") + 1, "p_holm", holm(table["p_value"].tolist()))
     return table
+
+
+def columns(by: str | Sequence[str]) -> list[str]:
+    """Names of columns, of which a single one may be given alone."""
+    return [by] if isinstance(by, str) else list(by)
 
 
 def need_columns(frame: "pd.DataFrame", names: Sequence[str]) -> None:
@@ -142,10 +151,11 @@ def _difference(pairs: "pd.DataFrame", *, n_boot: int, seed: int) -> dict[str, A
     counts = tally(dict(zip(pairs.index, pairs[["baseline", "arm"]].itertuples(index=False, name=None), strict=True)))
     changes = pairs["arm"].astype(int) - pairs["baseline"].astype(int)
     states = changes.groupby(level=_STATE, sort=False).agg(["sum", "count"])
-    strata = [part.to_numpy() for _, part in states.groupby(level=["suite", "task_id"], sort=False)]
-    low, high = bootstrap_ratio(strata, n_boot=n_boot, seed=seed) if len(states) > 1 else (0.0, 0.0)
-    if low == high:
-        low, high = counts.interval
+    tasks = [part for _, part in states.groupby(level=["suite", "task_id"], sort=False)]
+    rarer = sum(len(part) - part["sum"].value_counts().max() for part in tasks)
+    low, high = counts.interval
+    if rarer >= LEAST_RARER:
+        low, high = bootstrap_ratio([part.to_numpy() for part in tasks], n_boot=n_boot, seed=seed)
     return {
         "pairs": counts.pairs,
         "both": counts.both,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from dtvla.analysis.ablation import need_columns
+from dtvla.analysis.ablation import columns, need_columns
 from dtvla.analysis.frames import KEY, say
 from dtvla.analysis.intervals import clustered_wilson
 from dtvla.cot.narrate import PHASES
@@ -31,7 +31,7 @@ _GIVEN = {"grasp": CLOSE, "release": OPEN}  # the command that a chunk of a stag
 _COLUMNS = ["decisions", "spoken", "agree", "share", "low", "high", "chance", "kappa"]
 
 
-def agreement(decisions: "pd.DataFrame", by: Sequence[str] = ("arm",), *, about: str = "next") -> "pd.DataFrame":
+def agreement(decisions: "pd.DataFrame", by: str | Sequence[str] = ("arm",), *, about: str = "next") -> "pd.DataFrame":
     """How often the gripper's command is the one that the thought speaks of.
 
     ``about="next"``: what the thought says comes next, against the chunk that follows. Reaching, lowering and
@@ -63,7 +63,7 @@ def agreement(decisions: "pd.DataFrame", by: Sequence[str] = ("arm",), *, about:
 
     if about not in ("next", "state"):
         raise ValueError(f"about: found {about!r}; use next or state")
-    groups = list(by)
+    groups = columns(by)
     need_columns(decisions, [*groups, "run", *KEY, "decision", "thought", "gripper"])
     told = decisions[decisions["gripper"].notna()]
     silent = decisions.loc[decisions["gripper"].isna(), groups].drop_duplicates()

@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dtvla.analysis.pairing import SELECTION, SUBJECT
+from dtvla.analysis.pairing import COMPUTED_ON, SELECTION, SUBJECT
 from dtvla.errors import UserError
 from dtvla.rollout.journal import RUN_FILE
 from dtvla.rollout.results import RESULTS_FILE, EpisodeResult, Results, policy_name, read_results
@@ -94,6 +94,8 @@ def read_runs(paths: Paths) -> list[Run]:
         UserError: nothing is there, or a file is damaged.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not given:
+        raise UserError("results: no folder was given; give folders that dtvla evaluate wrote")
     folders: dict[Path, None] = {}
     unfinished: dict[Path, None] = {}
     for path in (Path(p).expanduser() for p in given):
@@ -147,7 +149,8 @@ def check_poolable(frame: "pd.DataFrame") -> list[str]:
     """What stands against reading the rows as one experiment, a sentence each; none when nothing does.
 
     Named are rules (of the simulation, device, type of numbers) and versions that differ, tasks whose instruction
-    differs, episodes that stand twice in an arm, and episodes that not all arms have run.
+    differs, settings under study that differ within an arm (of frames that were joined, or arms that were renamed),
+    episodes that stand twice in an arm, and episodes that not all arms have run.
 
     Args:
         frame: of :func:`episode_frame`, all or part of it.
@@ -161,7 +164,13 @@ def check_poolable(frame: "pd.DataFrame") -> list[str]:
     words = frame.groupby(["suite", "task_id"], sort=False)["task"].unique()
     for (suite, task_id), texts in words[words.str.len() > 1].items():
         found.append(f"instruction of {suite} task {task_id} differs: {' / '.join(texts)}")
+    subject = [c for c in frame.columns if c in ("checkpoint", "decoder") or c.split(".")[0] in SUBJECT[1:]]
     for arm, rows in frame.groupby("arm", sort=False):
+        runs = rows.drop_duplicates("run")[["run", *subject]].astype(object)
+        runs = runs.where(runs.notna(), None)  # what a run does not have is as good as none here
+        found += [
+            f"{column} differs within arm {arm}: {what}" for column in subject for what in _different(runs, column)
+        ]
         twice = int(rows.duplicated(KEY).sum())
         if twice:
             found.append(f"{twice} episodes stand twice or more in arm {arm} (runs {_listed(rows['run'].unique())})")
@@ -187,6 +196,8 @@ def _different(rows: "pd.DataFrame", column: str) -> list[str]:
 def _unpaired(frame: "pd.DataFrame") -> list[str]:
     keys = {arm: set(rows[KEY].itertuples(index=False, name=None)) for arm, rows in frame.groupby("arm", sort=False)}
     shared = set.intersection(*keys.values()) if keys else set()
+    if keys and not shared:
+        return [f"none of the {len(set().union(*keys.values()))} episodes is in all arms"]
     alone = {arm: len(own) - len(shared) for arm, own in keys.items() if len(own) > len(shared)}
     return [
         f"{count} of the {len(keys[arm])} episodes of arm {arm} are not in all arms" for arm, count in alone.items()
@@ -215,7 +226,7 @@ def _run_facts(results: Results) -> dict[str, Any]:
         else:
             subject[name] = value
     rules = {f"rule.{k}": _plain(v) for k, v in settings.items() if k not in (*SUBJECT, *SELECTION)}
-    rules |= {f"rule.{name}": provenance.get(name) for name in ("device", "dtype")}
+    rules |= {f"rule.{name}": provenance.get(name) for name in COMPUTED_ON}
     digest = settings.get("checkpoint_sha256")
     machine = provenance.get("machine", {})
     return {

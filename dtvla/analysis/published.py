@@ -2,8 +2,8 @@
 
 Four tables lie beside this file, in ``published/``: ``tasks.csv`` (successes in DeepThinkVLA's own logs, of 50 episodes
 of every task), ``systems.csv`` (percentages that are printed for other systems and settings), ``claims.csv`` (what is
-printed about DeepThinkVLA) and ``latency.csv`` (speed and memory). Every row names its source; everything else is
-computed from them.
+printed about DeepThinkVLA) and ``latency.csv`` (speed and memory: of decisions, RL, evaluation and training). Every row
+names its source; everything else is computed from them.
 """
 
 from typing import TYPE_CHECKING
@@ -26,6 +26,10 @@ NAMES = {
     "random": "DeepThinkVLA SFT, random thought",
     "hybrid-cot": "hybrid decoder with thought",
     "autoregressive-cot": "autoregressive decoder with thought",
+    "sft-thinking": "SFT with thought",
+    "sft-thinking-shifted": "SFT with thought, under shift",
+    "sft-silent": "SFT without thought",
+    "sft-silent-shifted": "SFT without thought, under shift",
 }
 # The published 97.0 % takes the second run's Object and the first run's rest; Spatial and Long are equal in both.
 HEADLINE = {"libero_spatial": "rl1", "libero_object": "rl2", "libero_goal": "rl1", "libero_10": "rl1"}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dtvla.analysis.ablation import compare_arms, success_rates
+from dtvla.analysis.ablation import LEAST_RARER, compare_arms, success_rates
 from dtvla.analysis.agreement import agreement
 from dtvla.analysis.contents import Contents, Picture, Section, Table
 from dtvla.analysis.facts import MODE_WORDS, demonstration_facts
@@ -118,9 +118,9 @@ def differences_section(frame: "pd.DataFrame") -> Section | None:
         [Picture(plot_differences(compared, arms), f"differences from {arms[0]} with their intervals")],
         [Table(*difference_table(compared, name_baseline=False))],
         "Differences in percentage points. Intervals come from the paired bootstrap, stratified by task, or from "
-        "Newcombe's method where the pairs of every task agree. lost:won are the pairs that only the baseline, and "
-        "only the arm, solved; p is McNemar's, exact, with the seeds of an init state taken together, and Holm's "
-        "correction is for all rows.",
+        f"Newcombe's method where fewer than {LEAST_RARER} init states end otherwise than most of their task. lost:won "
+        "are the pairs that only the baseline, and only the arm, solved; p is McNemar's, exact, with the seeds of an "
+        "init state taken together, and Holm's correction is for all rows.",
     )
 
 

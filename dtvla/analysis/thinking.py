@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dtvla.analysis.ablation import need_columns
+from dtvla.analysis.ablation import columns, need_columns
 from dtvla.analysis.frames import NOT_RECORDED, say
 from dtvla.errors import UserError
 
@@ -15,7 +15,7 @@ _HARDWARE = ("machine", "rule.device", "rule.dtype")
 
 
 def latency_quantiles(
-    decisions: "pd.DataFrame", by: Sequence[str] = ("arm",), quantiles: Sequence[float] = QUANTILES
+    decisions: "pd.DataFrame", by: str | Sequence[str] = ("arm",), quantiles: Sequence[float] = QUANTILES
 ) -> "pd.DataFrame":
     """How long decisions took; arms that were measured on different hardware are said.
 
@@ -32,14 +32,15 @@ def latency_quantiles(
     Raises:
         UserError: no rows, no such column, or a quantile outside [0, 1].
     """
-    need_columns(decisions, [*by, "latency_ms"])
+    groups = columns(by)
+    need_columns(decisions, [*groups, "latency_ms"])
     for sentence in check_hardware(decisions):
         say(sentence)
-    return _quantiles(decisions, list(by), "latency_ms", quantiles, "_ms")
+    return _quantiles(decisions, groups, "latency_ms", quantiles, "_ms")
 
 
 def thought_lengths(
-    decisions: "pd.DataFrame", by: Sequence[str] = ("arm",), quantiles: Sequence[float] = QUANTILES
+    decisions: "pd.DataFrame", by: str | Sequence[str] = ("arm",), quantiles: Sequence[float] = QUANTILES
 ) -> "pd.DataFrame":
     """How many tokens the model wrote for its thoughts; none for thoughts that it was given.
 
@@ -55,7 +56,7 @@ def thought_lengths(
     Raises:
         UserError: no rows, no such column, or a quantile outside [0, 1].
     """
-    groups = list(by)
+    groups = columns(by)
     need_columns(decisions, [*groups, "tokens", "forwards", "thought", "truncated"])
     table = _quantiles(decisions, groups, "tokens", quantiles, "_tokens")
     words = [len(thought.split()) for thought in decisions["thought"]]  # pandas' str.split takes six times as long
@@ -72,7 +73,7 @@ def thought_lengths(
 
 
 def over_time(
-    decisions: "pd.DataFrame", column: str = "tokens", by: Sequence[str] = ("arm",), *, least: int = 5
+    decisions: "pd.DataFrame", column: str = "tokens", by: str | Sequence[str] = ("arm",), *, least: int = 5
 ) -> "pd.DataFrame":
     """A number of the decisions by the step at which they were made: mean and quartiles over the episodes.
 
@@ -90,7 +91,7 @@ def over_time(
     Raises:
         UserError: no rows, or no such column.
     """
-    groups = [*by, "step"]
+    groups = [*columns(by), "step"]
     need_columns(decisions, [*groups, column])
     grouped = decisions.groupby(groups, sort=False, dropna=False)[column]
     table = grouped.agg(episodes="count", mean="mean").join(grouped.quantile([0.25, 0.75]).unstack())

@@ -273,13 +273,14 @@ def read_results(path: Path) -> Results:
         )
     lines = path.with_name(EPISODES_FILE)
     try:
-        results = Results(document["settings"], document["provenance"], read_episodes(lines))
+        results = Results({**document["settings"]}, {**document["provenance"]}, read_episodes(lines))
         counted = {(t["suite"], t["task_id"]): (t["successes"], t["episodes"]) for t in document["totals"]["tasks"]}
+        found = {key: (rate.successes, rate.episodes) for key, rate in results.by_task().items()}
     except FileNotFoundError:
         raise UserError(f"results: {lines} is missing; copy it beside {path.name}, or evaluate again") from None
-    except (KeyError, TypeError) as error:
-        raise UserError(f"results: {path} is damaged ({error!r}); evaluate again into another folder") from None
-    if counted != {key: (rate.successes, rate.episodes) for key, rate in results.by_task().items()}:
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"results: {path.parent} is damaged ({error!r}); evaluate again into another folder") from None
+    if counted != found:
         raise UserError(f"results: {path} and {lines.name} beside it do not belong together; copy both files again")
     return results
 

@@ -87,6 +87,8 @@ def test_unfinished_folders_are_said_and_left_out(tmp_path: Path, capsys: pytest
         load_results(tmp_path / "killed")
     with pytest.raises(UserError, match=r"^results: .*nowhere does not exist"):
         load_results(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"^results: no folder was given"):
+        read_runs([])
 
 
 def test_arms_join_runs_that_differ_in_nothing_under_study() -> None:
@@ -148,6 +150,26 @@ def test_another_chunk_is_named_but_not_where_no_episode_tells_it() -> None:
     )
     assert check_poolable(frame) == ["chunk differs: 10 in a; 5 in b"]
     assert check_poolable(frame[frame["run"] != "b"]) == []
+
+
+def test_what_differs_within_an_arm_is_named() -> None:
+    """Frames that are joined, each with arms of its own, can call different policies alike."""
+    a = frame_of(a=evaluation([episode(0, 0, True)]))
+    other = evaluation([episode(1, 0, True)], provenance={"decoder": "autoregressive"}, checkpoint_sha256="cd" * 32)
+    joined = pd.concat([a, frame_of(b=other)])
+    assert joined["arm"].unique().tolist() == ["think"]
+    assert check_poolable(joined) == [
+        "checkpoint differs within arm think: abababababab in a; cdcdcdcdcdcd in b",
+        "decoder differs within arm think: hybrid in a; autoregressive in b",
+    ]
+    older = evaluation([episode(1, 0, True)])
+    older = Results({**older.settings, "compat": {}}, older.provenance, older.episodes)
+    assert check_poolable(pd.concat([a, frame_of(b=older)])) == []
+
+
+def test_arms_that_share_nothing_are_said_once() -> None:
+    frame = frame_of(a=evaluation([episode(0, 0, True)]), b=evaluation([episode(1, 0, True)], "mask"))
+    assert check_poolable(frame) == ["none of the 2 episodes is in all arms"]
 
 
 def test_other_words_doubled_and_unpaired_episodes_are_counted() -> None:

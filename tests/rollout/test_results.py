@@ -130,6 +130,22 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, content: str, me
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("results.json", '"provenance": {', '"provenance": null, "x": {'),
+        ("episodes.jsonl", '"success": true', '"success": null'),
+    ],
+)
+def test_a_null_where_something_should_be_is_damage(tmp_path: Path, name: str, old: str, new: str) -> None:
+    write_results(random_results(1), tmp_path)
+    content = (tmp_path / name).read_text()
+    assert old in content
+    (tmp_path / name).write_text(content.replace(old, new, 1))
+    with pytest.raises(UserError, match="damaged"):
+        read_results(tmp_path)
+
+
 def test_missing_results_say_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="dtvla evaluate"):
         read_results(tmp_path / "nowhere")
