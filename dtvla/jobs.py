@@ -17,10 +17,12 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dtvla.errors import UserError
+from dtvla.lifetime import end_with
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -131,6 +133,9 @@ def run(function: Callable[[Any], Any], cfg: DictConfig) -> Any:
     log = f"{number}.log" if by_joblib() else None  # several jobs on one screen could not be read
     record = Record(number, " ".join(f"{key}={value}" for key, value in varied().items()), log=log)
     record.write(folder)
+    parent = parent_process()
+    if log and parent is not None and parent.pid == os.getppid():  # else it outlives a command that was killed
+        end_with(os.getppid())
     with _output_in(folder / log) if log else nullcontext():
         try:
             value = function(cfg)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,16 @@ def test_a_killed_job_is_told_from_those_that_ended(script: Path, tmp_path: Path
     assert "killed, ran out of memory" in done.stdout
     log = max((tmp_path / "out" / "multirun").iterdir()) / "1.log"
     assert "one of 2 at a time" in log.read_text(), "there are no more jobs"
+
+
+def test_jobs_end_with_the_command_that_was_killed(script: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(script), "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "x=1,10", "y=1,2"]
+    with subprocess.Popen(command, env={**os.environ, "DTVLA_ROOT": str(tmp_path)}) as started:
+        eventually(lambda: len(list(tmp_path.glob("out/multirun/*/[0-9].json"))) == 4)
+        assert _processes_of(tmp_path)
+        started.kill()
+    eventually(lambda: not _processes_of(tmp_path))
+    assert [r.state for r in records(tmp_path / "out")] == ["done", "done", "running", "running"]
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
@@ -332,6 +344,13 @@ def test_a_rerun_of_an_evaluation_of_several_arms_runs_only_what_is_missing(tmp_
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert len(list(tmp_path.glob("evaluations/*/*/results.json"))) == 2
     assert not _processes_of(tmp_path), "simulators were left behind"
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def _processes_of(folder: Path) -> list[str]:
