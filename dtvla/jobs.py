@@ -64,8 +64,18 @@ class Record:
 
 def read_records(folder: Path) -> list[Record]:
     """The records of a multirun in the order of its jobs."""
-    found = [Record(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("[0-9]*.json")]
+    found = [Record(**json.loads(path.read_text(encoding="utf-8"))) for path in _record_files(folder)]
     return sorted(found, key=lambda record: record.number)
+
+
+def forget_records(folder: Path) -> None:
+    """Remove what an earlier multirun left in a folder that the user named for both."""
+    for path in _record_files(folder):
+        path.unlink()
+
+
+def _record_files(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("[0-9]*.json") if path.stem.isdecimal()]
 
 
 def in_multirun() -> bool:

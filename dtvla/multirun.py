@@ -24,7 +24,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from dtvla.cli import INTERRUPT_EXIT_CODE, USER_ERROR_EXIT_CODE
 from dtvla.cores import usable_cores
 from dtvla.errors import UserError
-from dtvla.jobs import Record, read_records
+from dtvla.jobs import Record, forget_records, read_records
 
 BEST_FILE = "optimization_results.yaml"  # written by hydra-optuna-sweeper
 PLUGINS = {
@@ -47,6 +47,8 @@ class Multirun(Callback):
         search = "n_trials" in sweeper
         folder = Path(str(config.hydra.sweep.dir))
         _begun.append((folder, 0))  # first of all: Hydra only warns when this method raises
+        forget_records(folder)
+        (folder / BEST_FILE).unlink(missing_ok=True)
         given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         settings = {o.get_key_element(): o for o in parser.parse_overrides([*given, *config.hydra.overrides.task])}

@@ -102,6 +102,17 @@ def test_jobs_end_with_the_command_that_was_killed(script: Path, tmp_path: Path)
     assert [r.state for r in records(tmp_path / "out")] == ["done", "done", "running", "running"]
 
 
+def test_a_folder_named_for_two_multiruns_tells_of_the_second(script: Path, tmp_path: Path) -> None:
+    folder = f"hydra.sweep.dir={tmp_path}/mine"
+    assert run(script, "-m", "x=1,4,2", folder).returncode == 2
+    (tmp_path / "mine" / "2026-01.json").write_text("[]")
+    done = run(script, "-m", "x=4,1", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [r.name for r in read_records(tmp_path / "mine")] == ["x=4", "x=1"]
+    assert "multirun: 2 of 2 jobs done" in done.stdout
+    assert (tmp_path / "mine" / "2026-01.json").exists(), "not a record"
+
+
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_a_job_that_was_told_to_stop_ends_the_multirun_with_its_code(
     script: Path, tmp_path: Path, launcher: str
