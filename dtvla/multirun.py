@@ -19,7 +19,7 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from dtvla.cli import INTERRUPT_EXIT_CODE, USER_ERROR_EXIT_CODE
 from dtvla.cores import usable_cores
@@ -51,7 +51,8 @@ class Multirun(Callback):
         (folder / BEST_FILE).unlink(missing_ok=True)
         given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        settings = {o.get_key_element(): o for o in parser.parse_overrides([*given, *config.hydra.overrides.task])}
+        task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # job.num is not known
+        settings = {o.get_key_element(): o for o in parser.parse_overrides([*given, *task])}
         varied = [setting for setting in settings.values() if setting.is_sweep_override()]
         jobs = int(sweeper.n_trials) if search else math.prod(len(list(v.sweep_string_iterator())) for v in varied)
         fixed = [key for key, setting in settings.items() if not setting.is_sweep_override()]

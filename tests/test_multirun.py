@@ -255,6 +255,7 @@ def test_every_arm_of_an_evaluation_has_a_folder_of_its_own(outputs: Outputs, tm
     ]
     assert outputs("cot=think,mask", f"output={tmp_path}/mine") == ["mine/cot_think", "mine/cot_mask"]
     assert outputs("cot=think,mask", f"output='{tmp_path}/mine-${{cot.mode}}'") == ["mine-think", "mine-mask"]
+    assert outputs("cot=think,mask", "device='cuda:${hydra:job.num}'") == [f"{folder}-think", f"{folder}-mask"]
     assert not in_multirun(), "tests that follow are no jobs of a multirun"
 
 
