@@ -17,10 +17,12 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dtvla.errors import UserError
+from dtvla.lifetime import end_with
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -62,8 +64,18 @@ class Record:
 
 def read_records(folder: Path) -> list[Record]:
     """The records of a multirun in the order of its jobs."""
-    found = [Record(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("[0-9]*.json")]
+    found = [Record(**json.loads(path.read_text(encoding="utf-8"))) for path in _record_files(folder)]
     return sorted(found, key=lambda record: record.number)
+
+
+def forget_records(folder: Path) -> None:
+    """Remove what an earlier multirun left in a folder that the user named for both."""
+    for path in _record_files(folder):
+        path.unlink()
+
+
+def _record_files(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("[0-9]*.json") if path.stem.isdecimal()]
 
 
 def in_multirun() -> bool:
@@ -131,6 +143,9 @@ def run(function: Callable[[Any], Any], cfg: DictConfig) -> Any:
     log = f"{number}.log" if by_joblib() else None  # several jobs on one screen could not be read
     record = Record(number, " ".join(f"{key}={value}" for key, value in varied().items()), log=log)
     record.write(folder)
+    parent = parent_process()
+    if log and parent is not None and parent.pid == os.getppid():  # else it outlives a command that was killed
+        end_with(os.getppid())
     with _output_in(folder / log) if log else nullcontext():
         try:
             value = function(cfg)

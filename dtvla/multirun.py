@@ -19,12 +19,12 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from dtvla.cli import INTERRUPT_EXIT_CODE, USER_ERROR_EXIT_CODE
 from dtvla.cores import usable_cores
 from dtvla.errors import UserError
-from dtvla.jobs import Record, read_records
+from dtvla.jobs import Record, forget_records, read_records
 
 BEST_FILE = "optimization_results.yaml"  # written by hydra-optuna-sweeper
 PLUGINS = {
@@ -47,9 +47,12 @@ class Multirun(Callback):
         search = "n_trials" in sweeper
         folder = Path(str(config.hydra.sweep.dir))
         _begun.append((folder, 0))  # first of all: Hydra only warns when this method raises
+        forget_records(folder)
+        (folder / BEST_FILE).unlink(missing_ok=True)
         given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        settings = {o.get_key_element(): o for o in parser.parse_overrides([*given, *config.hydra.overrides.task])}
+        task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # job.num is not known
+        settings = {o.get_key_element(): o for o in parser.parse_overrides([*given, *task])}
         varied = [setting for setting in settings.values() if setting.is_sweep_override()]
         jobs = int(sweeper.n_trials) if search else math.prod(len(list(v.sweep_string_iterator())) for v in varied)
         fixed = [key for key, setting in settings.items() if not setting.is_sweep_override()]

@@ -12,7 +12,7 @@ from dtvla import cli
 from dtvla.jobs import Record, read_records
 
 SCRIPT = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 from dtvla import cli, jobs
 from dtvla.errors import UserError
@@ -43,6 +43,8 @@ JOB = """
         return cfg.needed
     if cfg.x == 9:
         return float("nan")
+    if cfg.x == 10:
+        time.sleep(600)
     return (cfg.x - 0.3) ** 2
 """
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,27 @@ def test_a_killed_job_is_told_from_those_that_ended(script: Path, tmp_path: Path
     assert "killed, ran out of memory" in done.stdout
     log = max((tmp_path / "out" / "multirun").iterdir()) / "1.log"
     assert "one of 2 at a time" in log.read_text(), "there are no more jobs"
+
+
+def test_jobs_end_with_the_command_that_was_killed(script: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(script), "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "x=1,10", "y=1,2"]
+    with subprocess.Popen(command, env={**os.environ, "DTVLA_ROOT": str(tmp_path)}) as started:
+        eventually(lambda: len(list(tmp_path.glob("out/multirun/*/[0-9].json"))) == 4)
+        assert _processes_of(tmp_path)
+        started.kill()
+    eventually(lambda: not _processes_of(tmp_path))
+    assert [r.state for r in records(tmp_path / "out")] == ["done", "done", "running", "running"]
+
+
+def test_a_folder_named_for_two_multiruns_tells_of_the_second(script: Path, tmp_path: Path) -> None:
+    folder = f"hydra.sweep.dir={tmp_path}/mine"
+    assert run(script, "-m", "x=1,4,2", folder).returncode == 2
+    (tmp_path / "mine" / "2026-01.json").write_text("[]")
+    done = run(script, "-m", "x=4,1", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [r.name for r in read_records(tmp_path / "mine")] == ["x=4", "x=1"]
+    assert "multirun: 2 of 2 jobs done" in done.stdout
+    assert (tmp_path / "mine" / "2026-01.json").exists(), "not a record"
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
@@ -232,6 +255,7 @@ def test_every_arm_of_an_evaluation_has_a_folder_of_its_own(outputs: Outputs, tm
     ]
     assert outputs("cot=think,mask", f"output={tmp_path}/mine") == ["mine/cot_think", "mine/cot_mask"]
     assert outputs("cot=think,mask", f"output='{tmp_path}/mine-${{cot.mode}}'") == ["mine-think", "mine-mask"]
+    assert outputs("cot=think,mask", "device='cuda:${hydra:job.num}'") == [f"{folder}-think", f"{folder}-mask"]
     assert not in_multirun(), "tests that follow are no jobs of a multirun"
 
 
@@ -332,6 +356,13 @@ def test_a_rerun_of_an_evaluation_of_several_arms_runs_only_what_is_missing(tmp_
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert len(list(tmp_path.glob("evaluations/*/*/results.json"))) == 2
     assert not _processes_of(tmp_path), "simulators were left behind"
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def _processes_of(folder: Path) -> list[str]:

@@ -5,10 +5,7 @@ It imports no torch and ends with its parent, whatever ends that.
 
 import gc
 import json
-import os
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -18,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dtvla.errors import UserError
+from dtvla.lifetime import end_with
 from dtvla.sim.env import LiberoEnv, SimulationDiverged
 from dtvla.sim.film import Caption, Film
 from dtvla.sim.pool import Chunk, EpisodeSpec, Failure, Reply, Start
@@ -139,13 +137,6 @@ def serve(pipe: Connection, pictures: SharedPictures, settings: Mapping[str, Any
     keeper.close()
 
 
-def _die_with(parent: int) -> None:
-    """End this process when the parent is gone, even in the middle of a simulation."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
 if __name__ == "__main__":
-    threading.Thread(target=_die_with, args=(int(sys.argv[3]),), daemon=True).start()
+    end_with(int(sys.argv[3]))
     serve(Connection(int(sys.argv[1])), SharedPictures(int(sys.argv[2])), json.loads(sys.argv[4]))
