@@ -159,7 +159,7 @@ def number_trainings(frame: "pd.DataFrame", runs: Sequence[Run], trainings: Sequ
     numbers = {r.name: next(n for n, f in folders if r.folder.is_relative_to(f.resolve())) for r in runs}
     number = frame["run"].map(numbers)
     names = number.map({n: f.name for n, f in folders})
-    return frame.assign(training=names, seed=frame["seed"] + number * (int(frame["seed"].max()) + 1))
+    return frame.assign(training=names, seed=frame["seed"] + number * (frame["seed"].max() + 1))
 
 
 def check_poolable(frame: "pd.DataFrame") -> list[str]:

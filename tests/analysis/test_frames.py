@@ -67,6 +67,7 @@ def test_trainings_are_paired_each_with_itself(tmp_path: Path) -> None:
         *(("second", f"second/{mode}", 5) for mode in ("think", "mask")),
     }
     assert set(zip(decisions["training"], decisions["seed"], strict=True)) == {("first", 11), ("second", 5)}
+    assert number_trainings(decisions[:0], runs, folders).empty
     assert check_poolable(frame) == []
     (row,) = compare_arms(frame, "think").to_dict("records")
     assert (row["pairs"], row["both"], row["only_baseline"], row["p_value"]) == (2, 1, 1, 1.0)
