@@ -145,6 +145,25 @@ def decision_frame(runs: Sequence[Run]) -> "pd.DataFrame":
     return _with_run_facts(frame, runs)
 
 
+def number_trainings(frame: "pd.DataFrame", runs: Sequence[Run], trainings: Sequence[Path]) -> "pd.DataFrame":
+    """Several trainings of the same arms in one frame, so that each is paired with itself.
+
+    Args:
+        frame: of :func:`episode_frame` or :func:`decision_frame`.
+        runs: that it was made of.
+        trainings: for each training a folder that has its runs anywhere below.
+
+    Returns:
+        The frame with a column ``training``, the folder's name, and with other seeds in every training. Episodes of
+        an init state stay together, so that another training of an arm does not count as another init state.
+    """
+    folders = list(enumerate(trainings))
+    numbers = {r.name: next(n for n, f in folders if r.folder.is_relative_to(f.resolve())) for r in runs}
+    number = frame["run"].map(numbers)
+    names = number.map({n: f.name for n, f in folders})
+    return frame.assign(training=names, seed=frame["seed"] + number * (frame["seed"].max() + 1))
+
+
 def check_poolable(frame: "pd.DataFrame") -> list[str]:
     """What stands against reading the rows as one experiment, a sentence each; none when nothing does.
 

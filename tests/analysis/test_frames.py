@@ -9,7 +9,16 @@ import pandas as pd
 import pytest
 from evaluations import FREE, SETTINGS, episode, evaluation
 
-from dtvla.analysis.frames import Run, check_poolable, decision_frame, episode_frame, load_results, read_runs
+from dtvla.analysis.ablation import compare_arms
+from dtvla.analysis.frames import (
+    Run,
+    check_poolable,
+    decision_frame,
+    episode_frame,
+    load_results,
+    number_trainings,
+    read_runs,
+)
 from dtvla.errors import UserError
 from dtvla.rollout.journal import begin_run
 from dtvla.rollout.results import Results, Thought, write_results
@@ -43,6 +52,25 @@ def test_recorded_arms_are_named_by_what_differs() -> None:
     assert names == {
         f"{policy}, temperature {t}, action temperature {t}" for policy in ("start420", "grpo_gain") for t in (0, 1)
     }
+
+
+def test_trainings_are_paired_each_with_itself(tmp_path: Path) -> None:
+    """Two trainings of two arms; in the second, only one arm solves the one episode."""
+    for training, solved in (("first", (True, True)), ("second", (True, False))):
+        for mode, success in zip(("think", "mask"), solved, strict=True):
+            write_results(evaluation([episode(0, 7, success, seed=5)], mode), tmp_path / training / mode)
+    folders = [tmp_path / "second", tmp_path / "first"]
+    runs = read_runs(tmp_path)
+    frame, decisions = (number_trainings(make(runs), runs, folders) for make in (episode_frame, decision_frame))
+    assert set(zip(frame["training"], frame["run"], frame["seed"], strict=True)) == {
+        *(("first", f"first/{mode}", 11) for mode in ("think", "mask")),
+        *(("second", f"second/{mode}", 5) for mode in ("think", "mask")),
+    }
+    assert set(zip(decisions["training"], decisions["seed"], strict=True)) == {("first", 11), ("second", 5)}
+    assert number_trainings(decisions[:0], runs, folders).empty
+    assert check_poolable(frame) == []
+    (row,) = compare_arms(frame, "think").to_dict("records")
+    assert (row["pairs"], row["both"], row["only_baseline"], row["p_value"]) == (2, 1, 1, 1.0)
 
 
 def test_a_row_has_what_the_files_say() -> None:
