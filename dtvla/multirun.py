@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +35,8 @@ PLUGINS = {
     r"hydra/sweeper=optuna|\+sweep=.*": "hydra_optuna_sweeper",
 }
 MEANINGS = {"running": "no end", "done": "done", "failed": "failed", "stopped": "stopped"}
-NO_END = "it was killed, ran out of memory or time, or still runs elsewhere"
+LOST = "killed, or out of memory or time"
+NO_END = f"{LOST}, or it still runs elsewhere"
 
 _begun: list[tuple[Path, int]] = []  # folder of records; how many jobs there will be, 0: a search, which may end early
 
@@ -43,10 +46,18 @@ class Multirun(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Tell the jobs which settings vary and how many of them run at a time."""
+        try:
+            self._prepare(config)
+        except Exception:  # Hydra would only warn, and the jobs would write into other folders than they should
+            traceback.print_exc()
+            raise SystemExit(1) from None
+
+    @staticmethod
+    def _prepare(config: DictConfig) -> None:
         sweeper, launcher = config.hydra.sweeper, config.hydra.launcher
         search = "n_trials" in sweeper
         folder = Path(str(config.hydra.sweep.dir))
-        _begun.append((folder, 0))  # first of all: Hydra only warns when this method raises
+        _begun.append((folder, 0))
         forget_records(folder)
         (folder / BEST_FILE).unlink(missing_ok=True)
         given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
@@ -63,9 +74,38 @@ class Multirun(Callback):
                 launcher.n_jobs = min(most, jobs)
                 told.append(f"hydra.launcher.n_jobs={launcher.n_jobs}")
             config.hydra.overrides.hydra.extend(told)
+        if "submitit" in str(launcher._target_):
+            _go_on_without_lost_jobs(folder, fixed)
         if not search:
             _begun[-1] = (folder, jobs)
         logging.getLogger("hydra_plugins").setLevel(logging.ERROR)  # a failed trial is told below, with its reason
+
+
+def _go_on_without_lost_jobs(folder: Path, fixed: Sequence[str]) -> None:
+    """Let submitit's launcher wait for all jobs although one is lost, of which it stops at the first.
+
+    Args:
+        folder: of the records.
+        fixed: settings that are the same in all jobs.
+    """
+    from hydra.core.utils import JobReturn, JobStatus
+    from submitit import Job
+    from submitit.core.utils import UncompletedJobError
+
+    results = Job.results
+
+    def results_or_none(job: Job[Any]) -> list[Any]:
+        try:
+            return results(job)
+        except UncompletedJobError:
+            overrides, _, number, *_ = job.submission().args  # of hydra-submitit-launcher's __call__
+            name = " ".join(text for text in overrides if text.partition("=")[0] not in fixed)
+            reason = f"it was lost: {LOST} (state {job.state})"
+            log = os.path.relpath(job.paths.stderr, folder)
+            Record(number, name, state="failed", reason=reason, log=log).write(folder)
+            return [JobReturn(status=JobStatus.COMPLETED)]  # that returns nothing, as jobs do that have failed
+
+    Job.results = results_or_none  # type: ignore[method-assign, assignment]
 
 
 @contextmanager
@@ -109,7 +149,7 @@ def _succeeded() -> bool:
     if (folder / BEST_FILE).is_file():
         print(_best(folder / BEST_FILE))
     if done < jobs:
-        print("The same command runs what is missing; finished results stay as they are.", file=sys.stderr)
+        print("Once that is mended, the same command runs what is missing; finished results stay.", file=sys.stderr)
     return done == jobs
 
 

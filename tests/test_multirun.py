@@ -53,7 +53,7 @@ def test_failed_jobs_leave_the_others_alone_and_are_named_at_the_end(
     for words in (*reasons, "0 done    x=1  0.49", "5 done    x=4  13.69"):
         assert words in summary
     assert "not begun" not in summary
-    assert "The same command runs what is missing" in done.stderr
+    assert "the same command runs what is missing" in done.stderr
     folder = max((tmp_path / "out" / "multirun").iterdir())
     if launcher == "joblib":
         assert [r.log for r in found] == [f"{number}.log" for number in range(6)]
@@ -87,7 +87,7 @@ def test_a_killed_job_is_told_from_those_that_ended(script: Path, tmp_path: Path
     assert done.returncode == 2
     assert [(r.name, r.state) for r in records(tmp_path / "out")][-1] == ("x=5", "running")
     assert "1 no end  x=5" in done.stdout
-    assert "killed, ran out of memory" in done.stdout
+    assert "killed, or out of memory" in done.stdout
     log = max((tmp_path / "out" / "multirun").iterdir()) / "1.log"
     assert "one of 2 at a time" in log.read_text(), "there are no more jobs"
 
@@ -124,6 +124,14 @@ def test_a_job_that_was_told_to_stop_ends_the_multirun_with_its_code(
     if launcher == "basic":
         assert "multirun: 1 of 3 jobs done" in done.stdout
         assert "not begun: 1" in done.stdout
+
+
+def test_no_job_begins_when_the_multirun_cannot_be_prepared(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "1.json").mkdir(parents=True)  # where a record belongs
+    done = run(script, "-m", "x=1,4", f"hydra.sweep.dir={tmp_path}/mine")
+    assert done.returncode == 1
+    assert "IsADirectoryError" in done.stderr
+    assert "this is job" not in done.stdout
 
 
 @pytest.mark.slow
