@@ -5,20 +5,19 @@
 Settings are in ``conf/compare.yaml``.
 """
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dtvla.cli import entry, leading_words
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from dtvla.analysis.pairing import Comparison, Paired
-
 COMPARISON_FORMAT = "dtvla.comparison"
-COMPARISON_VERSION = 1
+COMPARISON_VERSION = 2
 
 
 def main() -> None:
@@ -32,17 +31,17 @@ def _main(cfg: "DictConfig") -> None:
     run(cfg)
 
 
-def run(cfg: "DictConfig") -> "Comparison":
-    """Compare as configured; print the table and write the file.
+def run(cfg: "DictConfig") -> dict[str, Any]:
+    """Compare as configured; print the table and write the file, whose content is returned.
 
     Raises:
         UserError: results are missing, damaged or without a common episode; the output exists already.
     """
     from omegaconf import OmegaConf
 
-    from dtvla.analysis.pairing import compare
+    from dtvla.analysis.comparison import compare
     from dtvla.errors import UserError
-    from dtvla.rollout.results import read_results
+    from dtvla.rollout.results import read_results, write_text
 
     missing = [name for name in ("a", "b") if OmegaConf.is_missing(cfg, name)]
     if missing:
@@ -51,10 +50,17 @@ def run(cfg: "DictConfig") -> "Comparison":
     if output is not None and (output.exists() or output.suffix != ".json"):
         raise UserError(f"output: {output} exists already or is no .json file; choose another output=FILE.json")
     a, b = (Path(str(path)).expanduser() for path in (cfg.a, cfg.b))
-    comparison = compare(read_results(a), read_results(b))
-    _print(comparison, a, b)
+    comparison = {
+        "format": COMPARISON_FORMAT,
+        "format_version": COMPARISON_VERSION,
+        "a": str(a),
+        "b": str(b),
+        **compare(read_results(a), read_results(b)),
+    }
+    _print(comparison)
     if output is not None:
-        _write(comparison, a, b, output)
+        write_text(output, json.dumps(comparison, indent=1, allow_nan=False) + "\n")
+        print(f"written: {output}")
     return comparison
 
 
@@ -64,13 +70,15 @@ def name_words(arguments: Sequence[str]) -> list[str]:
     return [*(f"{name}={word}" for name, word in zip("ab", words, strict=False)), *arguments[len(words) :]]
 
 
-def _print(comparison: "Comparison", a: Path, b: Path) -> None:
+def _print(comparison: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    print(f"A: {a}\nB: {b}")
-    for name, (old, new) in comparison.subject.items():
-        print(f"compared: {name}: {_short(old)} in A, {_short(new)} in B")
+    from dtvla.analysis.frames import shown
+
+    print(f"A: {comparison['a']}\nB: {comparison['b']}")
+    for name, values in comparison["subject"].items():
+        print(f"compared: {name}: {shown(values['a'])} in A, {shown(values['b'])} in B")
     table = Table(
         box=None,
         padding=(0, 2, 0, 0),
@@ -81,51 +89,34 @@ def _print(comparison: "Comparison", a: Path, b: Path) -> None:
     table.add_column("task", min_width=14)
     for column in ("pairs", "A", "B", "only A:B", "B - A", "p"):
         table.add_column(column, justify="right", no_wrap=True)
-    suites = {suite for suite, _ in comparison.tasks}
-    for (suite, task), pairs in comparison.tasks.items():
-        words = f"{task}: {comparison.instructions[suite, task]}"
-        table.add_row(words if len(suites) == 1 else f"{suite} {words}", *_cells(pairs))
-    if len(comparison.tasks) > 1:
-        table.add_row("all tasks", *_cells(comparison.total))
+    total, tasks = comparison["total"], comparison["tasks"]
+    several = len({row["suite"] for row in tasks}) > 1
+    for row in tasks:
+        words = f"{row['task_id']}: {row['instruction']}"
+        table.add_row(f"{row['suite']} {words}" if several else words, *_cells(row))
+    if len(tasks) > 1:
+        table.add_row("all tasks", *_cells(total))
     Console().print(table)
-    if len(comparison.tasks) > 1:
-        print("p of single tasks are not corrected for their number; judge by all tasks.")
-    if comparison.only_in_a or comparison.only_in_b:
-        print(f"left out, without a partner: {comparison.only_in_a} episodes of A, {comparison.only_in_b} of B")
-    for warning in comparison.warnings:
+    if len(tasks) > 1:
+        print("p of single tasks are corrected for their number (Holm); that of all tasks is one test of its own.")
+    if total["left_out"] or total["baseline_left_out"]:
+        print(f"left out, without a partner: {total['baseline_left_out']} episodes of A, {total['left_out']} of B")
+    for warning in comparison["warnings"]:
         print(f"warning: {warning}")
 
 
-def _cells(pairs: "Paired") -> list[str]:
-    low, high = (100 * end for end in pairs.interval)
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    from dtvla.analysis.tabulate import p_value, percent
+
+    difference, low, high = (f"{100 * row[name]:+.1f}" for name in ("difference", "low", "high"))
     return [
-        str(pairs.pairs),
-        f"{100 * pairs.rate_a.share:.1f}",
-        f"{100 * pairs.rate_b.share:.1f}",
-        f"{pairs.only_a}:{pairs.only_b}",
-        f"{100 * pairs.difference:+.1f} ({low:+.1f}, {high:+.1f})",
-        "<0.0001" if pairs.p_value < 1e-4 else f"{pairs.p_value:.4f}",
+        str(row["pairs"]),
+        percent(row["baseline_rate"]),
+        percent(row["rate"]),
+        f"{row['only_baseline']}:{row['only_arm']}",
+        f"{difference} ({low}, {high})",
+        p_value(row["p_holm"]),
     ]
-
-
-def _short(value: object) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
-
-
-def _write(comparison: "Comparison", a: Path, b: Path, output: Path) -> None:
-    import json
-
-    from dtvla.rollout.results import write_text
-
-    document = {
-        "format": COMPARISON_FORMAT,
-        "format_version": COMPARISON_VERSION,
-        "a": str(a),
-        "b": str(b),
-        **comparison.to_dict(),
-    }
-    write_text(output, json.dumps(document, indent=1, allow_nan=False) + "\n")
-    print(f"written: {output}")
 
 
 if __name__ == "__main__":

@@ -2,29 +2,40 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from scipy.stats import binomtest
 
+from dtvla.analysis.ablation import compare_arms
+from dtvla.analysis.comparison import compare
+from dtvla.analysis.frames import load_results
 from dtvla.compare import name_words
-from dtvla.rollout.results import EpisodeResult, Results, Thought, write_results
+from dtvla.errors import UserError
+from dtvla.rollout.results import EpisodeResult, Results, Thought, read_results, write_results
 
-THOUGHTS = [
-    Thought(step, "the gripper is open and above the black bowl, which is in the middle") for step in (0, 10, 20)
-]
+THOUGHTS = [Thought(step, "the gripper is open and above the black bowl") for step in (0, 10, 20)]
+
+
+def evaluation(
+    ended: dict[tuple[int, int], bool], mode: str = "think", decoder: str | None = "hybrid", **settings: Any
+) -> Results:
+    """An evaluation whose episodes, (task, init state), were solved or not as given."""
+    episodes = [
+        EpisodeResult("libero_10", task, f"task number {task}", state, 0, success, 300, THOUGHTS)
+        for (task, state), success in ended.items()
+    ]
+    values = {"suite": "libero_10", "seed": 0, "checkpoint_sha256": "a" * 64, "cot": {"mode": mode, "temperature": 0}}
+    return Results({**values, "protocol": "published", **settings}, {"decoder": decoder}, episodes)
 
 
 def write(folder: Path, mode: str, failures: set[int], **settings: object) -> Path:
     """A benchmark-sized evaluation, 10 tasks x 50 init states, in which the numbered episodes fail."""
-    episodes = [
-        EpisodeResult("libero_10", i // 50, f"task number {i // 50}", i % 50, 0, i not in failures, 300, THOUGHTS)
-        for i in range(500)
-    ]
-    values = {"suite": "libero_10", "seed": 0, "cot": {"mode": mode}, "protocol": "published", **settings}
-    write_results(Results(values, {"versions": {"mujoco": "3.3.2"}}, episodes), folder)
+    write_results(evaluation({divmod(i, 50): i not in failures for i in range(500)}, mode, **settings), folder)
     return folder
 
 
@@ -43,22 +54,88 @@ def dtvla_compare(*words: str, cwd: Path | None = None) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
 
 
-def test_table_file_and_warning_for_two_folders(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_table_file_and_warning_for_two_folders(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # every import is a line on stderr
     done = dtvla_compare("cot=mask", "cot=think", f"output={tmp_path / 'both.json'}", cwd=folders[0].parent)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert (done.returncode, done.stderr) == (0, "")
-    (last,) = (line.split() for line in done.stdout.splitlines() if line.startswith("all tasks"))
-    assert last[2:6] == ["500", "92.0", "97.0", "5:30"]
-    assert last[6] == "+5.0"
-    assert "compared: cot.mode: mask in A, think in B" in done.stdout
-    assert "warning: protocol differs: published in A, common in B" in done.stdout
+    assert done.returncode == 0
+    assert all(line.startswith("import time:") for line in done.stderr.splitlines())
+    loaded = {line.rpartition("|")[2].split(".")[0].strip() for line in done.stderr.splitlines()}
+    assert "pandas" in loaded
+    assert not loaded & {"scipy", "matplotlib", "torch"}, "they take seconds"
+    lines = done.stdout.splitlines()
+    (last,) = (line.split() for line in lines if line.startswith("all tasks"))
+    assert last[2:7] == ["500", "92.0", "97.0", "5:30", "+5.0"]
+    assert "compared: cot.mode: mask in A, think in B" in lines
+    assert lines[-2] == "warning: protocol differs: published in A; common in B"
     written = json.loads((tmp_path / "both.json").read_text())
-    total = written["total"]
-    assert (total["only_a"], total["only_b"], total["pairs"], len(written["tasks"])) == (5, 30, 500, 10)
-    assert total["difference"]["low"] < 0.05 < total["difference"]["high"]
-    assert total["p_value"] == pytest.approx(2.23e-5, rel=0.01)  # 2 x P(X <= 5), X binomial (35, 1/2)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0  # seconds of CPU for 500 pairs
+    assert written["format_version"] == 2
+    assert [written["a"], written["b"]] == ["cot=mask", "cot=think"]
+    assert written["subject"] == {"cot.mode": {"a": "mask", "b": "think"}}
+    assert [f"warning: {sentence}" for sentence in written["warnings"]] == lines[-2:-1]
+    first, _, third, *_ = written["tasks"]  # of 50 pairs 30 only B's; of 50 pairs 5 only A's
+    assert (first["only_baseline"], first["only_arm"]) == (0, 30)
+    assert first["p_holm"] == pytest.approx(10 * 2 / 2**30)
+    assert (third["only_baseline"], third["only_arm"], third["instruction"]) == (5, 0, "task number 2")
+    assert third["p_holm"] == pytest.approx(9 * 2 / 2**5)
+    low, high = (100 * written["total"][end] for end in ("low", "high"))
+    assert last[7:9] == [f"({low:+.1f},", f"{high:+.1f})"]
+    rates = [binomtest(wins, 500).proportion_ci(method="wilson") for wins in (460, 485)]
+    assert [written["total"][f"{side}rate_{end}"] for side in ("baseline_", "") for end in ("low", "high")] == (
+        pytest.approx(np.ravel(rates))
+    )
+    assert written["total"]["p_value"] == pytest.approx(binomtest(5, 35).pvalue)
+
+
+def test_numbers_are_those_of_reports_and_notebooks(folders: tuple[Path, Path]) -> None:
+    result, frame = compare(*map(read_results, folders)), load_results(folders)
+    names = ["difference", "low", "high", "p_value", "p_holm"]
+    for rows, by in (([result["total"]], []), (result["tasks"], ["suite", "task_id"])):
+        expected = compare_arms(frame, "mask", by=by)
+        assert [[row[name] for name in names] for row in rows] == expected[names].to_numpy().tolist()
+
+
+def test_episodes_are_paired_by_task_and_init_state_in_any_order() -> None:
+    a = evaluation({(3, 0): True, (0, 0): True, (0, 1): False, (3, 9): True})
+    b = evaluation({(4, 0): True, (0, 1): True, (0, 0): True, (3, 0): False}, "mask")
+    result = compare(a, b)
+    counts = ["task_id", "both", "only_baseline", "only_arm", "neither"]
+    assert [[row[name] for name in counts] for row in result["tasks"]] == [[3, 0, 1, 0, 0], [0, 1, 0, 1, 0]]
+    assert [result["total"][name] for name in counts[1:]] == [1, 1, 1, 0]
+    assert [result["total"][name] for name in ("baseline_left_out", "left_out")] == [1, 1]
+    assert result["subject"] == {"cot.mode": {"a": "think", "b": "mask"}}
+    assert result["warnings"] == []
+
+
+SAME = "A and B have the same settings: differences are chance or defects, not a change of the policy"
+ALIKE = "A and B differ in nothing under study: differences are chance, defects or what the other warnings name"
+
+
+@pytest.mark.parametrize(
+    ("changes", "subject", "warnings"),
+    [
+        ({}, {}, [SAME]),
+        ({"seed": 3, "compat": {"action_decode": None}}, {}, [SAME]),  # what was selected changes no policy
+        ({"protocol": "common"}, {}, ["protocol differs: published in A; common in B", ALIKE]),
+        ({"decoder": None}, {}, ["decoder of B is not recorded", ALIKE]),
+        ({"decoder": "autoregressive"}, {"decoder": ("hybrid", "autoregressive")}, []),
+        ({"checkpoint_sha256": "b" * 64}, {"checkpoint": ("a" * 12, "b" * 12)}, []),
+        ({"cot": {"mode": "think", "length": 9}}, {"cot.temperature": (0, None), "cot.length": (None, 9)}, []),
+    ],
+)
+def test_what_differs_is_compared_or_warned_about(changes: dict[str, Any], subject: Any, warnings: list[str]) -> None:
+    result = compare(evaluation({(0, 0): True}), evaluation({(0, 0): True}, **changes))
+    assert result["subject"] == {name: {"a": a, "b": b} for name, (a, b) in subject.items()}
+    assert result["warnings"] == warnings
+
+
+def test_what_cannot_be_paired_is_refused() -> None:
+    a = evaluation({(0, 0): True})
+    with pytest.raises(UserError, match=r"^a, b: no episode in common .*libero_10, seed .*1 episodes"):
+        compare(a, evaluation({(0, 1): True}))
+    with pytest.raises(UserError, match=r"^b: libero_10 task 0, init state 0, seed 0 stands twice"):
+        compare(a, Results(a.settings, a.provenance, a.episodes * 2))
 
 
 def test_a_written_comparison_is_never_overwritten(folders: tuple[Path, Path], tmp_path: Path) -> None:

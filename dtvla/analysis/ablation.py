@@ -79,28 +79,37 @@ def compare_arms(
 
     Returns:
         A row for each arm but the baseline (and each part): `by`, ``arm``, ``baseline``, ``pairs``, ``both``,
-        ``only_arm``, ``only_baseline``, ``neither``, ``rate``, ``baseline_rate``, ``difference``, ``low``, ``high``,
-        the p-values, and ``left_out`` and ``baseline_left_out``, episodes of either without a partner.
+        ``only_arm``, ``only_baseline``, ``neither``, ``rate``, ``baseline_rate`` (of the pairs; with ``_low`` and
+        ``_high`` Wilson's intervals), ``difference``, ``low``, ``high``, the p-values, and ``left_out`` and
+        ``baseline_left_out``, episodes of either without a partner.
 
     Raises:
         UserError: unknown baseline or part, a single arm, episodes that stand twice, or none in common.
     """
+    need_columns(frame, ["run", "arm", *KEY])
+    for sentence in check_poolable(frame):
+        say(sentence)
+    return arm_differences(frame, baseline, by=by, n_boot=n_boot, seed=seed)
+
+
+def arm_differences(
+    frame: "pd.DataFrame", baseline: str, *, by: str | Sequence[str] = (), n_boot: int = 10_000, seed: int = 0
+) -> "pd.DataFrame":
+    """As :func:`compare_arms`, for callers that have said what stands against comparing."""
     import pandas as pd
 
     groups = columns(by)
-    need_columns(frame, ["run", "arm", *KEY, "success"])
+    need_columns(frame, ["arm", *KEY, "success"])
     if not set(groups) <= set(_PARTS):
         raise UserError(f"by: found {groups}; use none, or some of {', '.join(_PARTS)}")
     arms = list(dict.fromkeys(frame["arm"]))
     if baseline not in arms or len(arms) < 2:
         known = "; ".join(map(str, arms))
         raise UserError(f"baseline: found {baseline!r}; give one of at least two arms; there are {known}")
-    for sentence in check_poolable(frame):
-        say(sentence)
     outcomes = {arm: _outcomes(frame, arm) for arm in arms}
     rows: list[dict[str, Any]] = []
     for arm in (a for a in arms if a != baseline):
-        pairs = pd.concat({"arm": outcomes[arm], "baseline": outcomes[baseline]}, axis=1, join="inner")
+        pairs = pd.concat({"baseline": outcomes[baseline], "arm": outcomes[arm]}, axis=1, join="inner")
         if pairs.empty:
             raise UserError(f"arm {arm}: no episode in common with {baseline}; evaluate both on the same episodes")
         parts = pairs.groupby(groups, sort=False) if groups else [((), pairs)]
@@ -162,8 +171,10 @@ def _difference(pairs: "pd.DataFrame", *, n_boot: int, seed: int) -> dict[str, A
         "only_arm": counts.only_b,
         "only_baseline": counts.only_a,
         "neither": counts.neither,
-        "rate": counts.rate_b.share,
+        **{"rate": counts.rate_b.share, "rate_low": counts.rate_b.low, "rate_high": counts.rate_b.high},
         "baseline_rate": counts.rate_a.share,
+        "baseline_rate_low": counts.rate_a.low,
+        "baseline_rate_high": counts.rate_a.high,
         "difference": counts.difference,
         "low": low,
         "high": high,

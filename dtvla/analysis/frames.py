@@ -23,12 +23,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dtvla.analysis.pairing import COMPUTED_ON, SELECTION, SUBJECT
 from dtvla.errors import UserError
 from dtvla.rollout.journal import RUN_FILE
 from dtvla.rollout.results import RESULTS_FILE, EpisodeResult, Results, policy_name, read_results
@@ -41,6 +40,9 @@ KEY = ["suite", "task_id", "init_state", "seed"]
 MODE_ORDER = ("think", "mask", "random", "shuffle", "given", "none")
 NOT_RECORDED = "not recorded"
 DIGEST_DIGITS = 12
+_SUBJECT = ("cot", "compat", "quantize")  # settings that evaluations are made to differ in, besides the checkpoint
+_SELECTION = ("suite", "task_ids", "init_states", "seed")  # what the rows tell
+_COMPUTED_ON = ("device", "dtype")  # recorded beside the settings
 _PER_SUITE = ("rule.max_steps",)  # LIBERO's protocols give every suite a limit of its own
 _UNKNOWN_IF_MISSING = ("rule.chunk",)  # measured; an episode of one decision does not tell it
 
@@ -183,12 +185,12 @@ def check_poolable(frame: "pd.DataFrame") -> list[str]:
     words = frame.groupby(["suite", "task_id"], sort=False)["task"].unique()
     for (suite, task_id), texts in words[words.str.len() > 1].items():
         found.append(f"instruction of {suite} task {task_id} differs: {' / '.join(texts)}")
-    subject = [c for c in frame.columns if c in ("checkpoint", "decoder") or c.split(".")[0] in SUBJECT[1:]]
     for arm, rows in frame.groupby("arm", sort=False):
-        runs = rows.drop_duplicates("run")[["run", *subject]].astype(object)
-        runs = runs.where(runs.notna(), None)  # what a run does not have is as good as none here
+        runs = under_study(rows)
         found += [
-            f"{column} differs within arm {arm}: {what}" for column in subject for what in _different(runs, column)
+            f"{column} differs within arm {arm}: {what}"
+            for column in runs.columns[1:]
+            for what in _different(runs, column)
         ]
         twice = int(rows.duplicated(KEY).sum())
         if twice:
@@ -196,9 +198,25 @@ def check_poolable(frame: "pd.DataFrame") -> list[str]:
     return found + _unpaired(frame)
 
 
+def under_study(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """A row for each run: its name and its settings under study; what it does not have is as good as None."""
+    names = [c for c in frame.columns if c in ("checkpoint", "decoder") or c.split(".")[0] in _SUBJECT]
+    runs = frame.drop_duplicates("run")[["run", *names]].astype(object)
+    return runs.where(runs.notna(), None)
+
+
 def say(sentence: str) -> None:
     """Print a warning for whoever runs the command or the notebook; it names no file of this package."""
     print(f"warning: {sentence}", file=sys.stderr)
+
+
+def shown(value: Any) -> str:
+    """A setting or version as a warning or the name of an arm tells it."""
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return NOT_RECORDED if isnan(value) else f"{value:g}"
+    return str(value)
 
 
 def _different(rows: "pd.DataFrame", column: str) -> list[str]:
@@ -208,7 +226,7 @@ def _different(rows: "pd.DataFrame", column: str) -> list[str]:
         runs = runs.dropna()
     values: dict[str, list[str]] = {}
     for run, value in runs.items():
-        values.setdefault(_shown(value), []).append(str(run))
+        values.setdefault(shown(value), []).append(str(run))
     return ["; ".join(f"{value} in {_listed(names)}" for value, names in values.items())] if len(values) > 1 else []
 
 
@@ -238,14 +256,16 @@ def _run_facts(results: Results) -> dict[str, Any]:
     settings, provenance = results.settings, results.provenance
     given = provenance.get("config", {}).get("checkpoint") or provenance.get("checkpoint")
     subject: dict[str, Any] = {}
-    for name in SUBJECT[1:]:
+    for name in _SUBJECT:
         value = settings.get(name)
         if isinstance(value, Mapping):
             subject |= {name if key == "mode" else f"{name}.{key}": part for key, part in value.items()}
         else:
             subject[name] = value
-    rules = {f"rule.{k}": _plain(v) for k, v in settings.items() if k not in (*SUBJECT, *SELECTION)}
-    rules |= {f"rule.{name}": provenance.get(name) for name in COMPUTED_ON}
+    rules = {
+        f"rule.{k}": _plain(v) for k, v in settings.items() if k not in ("checkpoint_sha256", *_SUBJECT, *_SELECTION)
+    }
+    rules |= {f"rule.{name}": provenance.get(name, nan) for name in _COMPUTED_ON}
     digest = settings.get("checkpoint_sha256")
     machine = provenance.get("machine", {})
     return {
@@ -268,40 +288,32 @@ def _chunk(episodes: Sequence[EpisodeResult]) -> int | None:
 
 def _arms(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """For each run the settings under study in which it may differ from the others, in words."""
-    names = ["decoder", *dict.fromkeys(n for facts in runs for n in facts if n.split(".")[0] in SUBJECT[1:])]
-    different = [name for name in names if name != "cot" and len({_shown(f.get(name)) for f in runs}) > 1]
+    names = ["decoder", *dict.fromkeys(n for facts in runs for n in facts if n.split(".")[0] in _SUBJECT)]
+    different = [name for name in names if name != "cot" and len({shown(f.get(name)) for f in runs}) > 1]
     parts = [[_part(name, facts.get(name)) for name in different] for facts in runs]
     if len({facts["checkpoint"] for facts in runs}) > 1:
         parts = [[_checkpoint(facts, runs), *part] for facts, part in zip(runs, parts, strict=True)]
-    if not any(parts) or len({_shown(facts.get("cot")) for facts in runs}) > 1:
-        parts = [[_shown(facts.get("cot")), *part] for facts, part in zip(runs, parts, strict=True)]
+    if not any(parts) or len({shown(facts.get("cot")) for facts in runs}) > 1:
+        parts = [[shown(facts.get("cot")), *part] for facts, part in zip(runs, parts, strict=True)]
     return [", ".join(part) for part in parts]
 
 
 def _part(name: str, value: Any) -> str:
     if name == "decoder":
         return f"decoder {NOT_RECORDED}" if value is None else str(value)
-    return f"{name.rpartition('.')[2].replace('_', ' ')} {_shown(value)}"
+    return f"{name.rpartition('.')[2].replace('_', ' ')} {shown(value)}"
 
 
 def _checkpoint(facts: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
     """The policy's name, with the first digits of its digest where another checkpoint has the same name."""
     name, digest = facts["policy"], facts["checkpoint"]
     alike = {other["checkpoint"] for other in runs if other["policy"] == name}
-    return f"{name or 'checkpoint'} {_shown(digest)}" if len(alike) > 1 or name is None else str(name)
+    return f"{name or 'checkpoint'} {shown(digest)}" if len(alike) > 1 or name is None else str(name)
 
 
 def _plain(value: Any) -> Any:
     """Lists as text, so that every cell can be compared and grouped."""
     return str(value) if isinstance(value, list | dict) else value
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, float):
-        return NOT_RECORDED if isnan(value) else f"{value:g}"
-    return str(value)
 
 
 def _spoken(column: str) -> str:

@@ -1,6 +1,7 @@
 """Evaluations as frames: every number of the files, names that tell runs apart, and what must not be pooled unsaid."""
 
 import json
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,7 @@ def test_arms_name_decoder_checkpoint_and_options() -> None:
         ({"max_steps": 520}, {}, "max_steps differs: 620 in a; 520 in b"),
         ({"stepping": "fast"}, {}, "stepping differs: not recorded in a; fast in b"),
         ({}, {"dtype": "bfloat16"}, "dtype differs: float32 in a; bfloat16 in b"),
+        ({}, {"device": nan}, "device differs: cpu in a; not recorded in b"),
         ({}, {"versions": {"dtvla": "0.1.0", "mujoco": "3.4.0"}}, "version of mujoco differs: 3.3.2 in a; 3.4.0 in b"),
         ({}, {"versions": {"dtvla": "0.1.0"}}, "version of mujoco differs: 3.3.2 in a; not recorded in b"),
         ({"cot": {"mode": "mask", "temperature": 1}, "seed": 3, "init_states": [4]}, {}, None),

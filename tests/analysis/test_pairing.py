@@ -1,34 +1,10 @@
-"""Paired statistics against published numbers, scipy and their own coverage; what is paired and warned about."""
-
-from dataclasses import replace
-from typing import Any
+"""Paired statistics against published numbers, scipy and their own coverage."""
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest, permutation_test
 
-from dtvla.analysis.pairing import Paired, compare, flip_test, tally
-from dtvla.errors import UserError
-from dtvla.rollout.results import EpisodeResult, Results
-
-SETTINGS = {
-    "suite": "libero_goal",
-    "checkpoint_sha256": "a" * 64,
-    "cot": {"mode": "think", "temperature": 0},
-    "protocol": "published",
-    "max_steps": 300,
-    "render": "full",
-    "stepping": "exact",
-}
-
-
-def evaluation(successes: dict[tuple[int, int], bool], words: str = "open the drawer", **settings: Any) -> Results:
-    """An evaluation whose episodes, (task, init state), ended as given."""
-    episodes = [
-        EpisodeResult("libero_goal", task, words, init_state, 0, success, 100)
-        for (task, init_state), success in successes.items()
-    ]
-    return Results({**SETTINGS, **settings}, {"versions": {"mujoco": "3.3.2"}}, episodes)
+from dtvla.analysis.pairing import Paired, flip_test, tally
 
 
 def table(both: int, only_a: int, only_b: int, neither: int) -> Paired:
@@ -122,66 +98,3 @@ def test_a_paired_comparison_sees_what_an_unpaired_one_does_not() -> None:
     assert paired.rate_a.high > paired.rate_b.low
     assert paired.interval[0] > 0
     assert paired.p_value < 0.02
-
-
-def test_episodes_are_paired_by_task_and_init_state_in_any_order() -> None:
-    a = evaluation({(0, 0): True, (0, 1): False, (3, 0): True, (3, 9): True})
-    b = evaluation({(3, 0): False, (0, 1): True, (0, 0): True, (4, 0): True}, cot={"mode": "mask", "temperature": 0})
-    result = compare(a, b)
-    assert result.total.counts == (1, 1, 1, 0)
-    assert {task: pairs.counts for task, pairs in result.tasks.items()} == {
-        ("libero_goal", 0): (1, 0, 1, 0),
-        ("libero_goal", 3): (0, 1, 0, 0),
-    }
-    assert (result.only_in_a, result.only_in_b) == (1, 1)
-    assert result.subject == {"cot.mode": ("think", "mask")}
-    assert result.warnings == []
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "warning"),
-    [
-        ("protocol", "common", "protocol differs: published in A, common in B"),
-        ("max_steps", 520, "max_steps differs: 300 in A, 520 in B"),
-        ("stepping", "fast", "stepping differs: exact in A, fast in B"),
-        ("render", "draft", "render differs: full in A, draft in B"),
-    ],
-)
-def test_other_rules_are_warned_about(setting: str, value: Any, warning: str) -> None:
-    a = evaluation({(0, 0): True})
-    result = compare(a, evaluation({(0, 0): True}, **{setting: value}))
-    assert result.warnings == [warning]
-    assert result.subject == {}
-
-
-def test_other_versions_words_and_forgotten_settings_are_warned_about() -> None:
-    a = evaluation({(0, 0): True})
-    b = evaluation({(0, 0): True}, words="pull the drawer open")
-    del a.settings["stepping"]
-    b.provenance["versions"]["mujoco"] = "3.4.0"
-    b.provenance["device"] = "cuda"
-    assert compare(a, b).warnings == [
-        "device differs: not recorded in A, cuda in B",
-        "version of mujoco differs: 3.3.2 in A, 3.4.0 in B",
-        "stepping differs: not recorded in A, exact in B",
-        "instruction of libero_goal task 0 differs",
-    ]
-
-
-def test_equal_settings_are_pointed_out() -> None:
-    a = evaluation({(0, 0): True})
-    assert compare(a, a).warnings == [
-        "A and B have the same settings: differences are chance or defects, not a change of the policy"
-    ]
-
-
-def test_nothing_in_common_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^a, b: no episode in common .*libero_goal, seed .*1 episodes"):
-        compare(evaluation({(0, 0): True}), evaluation({(0, 1): True}))
-
-
-def test_an_episode_that_stands_twice_is_refused() -> None:
-    a = evaluation({(0, 0): True})
-    twice = replace(a, episodes=a.episodes * 2)
-    with pytest.raises(UserError, match=r"^b: libero_goal task 0, init state 0, seed 0 stands twice"):
-        compare(a, twice)
