@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 KEY = ["suite", "task_id", "init_state", "seed"]
 """Columns that tell the episodes of a run apart."""
+TRAINING = "training"
+"""Column that tells trainings of an arm apart, of :func:`number_trainings`."""
 MODE_ORDER = ("think", "mask", "random", "shuffle", "given", "none")
 NOT_RECORDED = "not recorded"
 DIGEST_DIGITS = 12
@@ -163,7 +165,7 @@ def number_trainings(frame: "pd.DataFrame", runs: Sequence[Run], trainings: Sequ
     numbers = {r.name: next(n for n, f in folders if r.folder.is_relative_to(f.resolve())) for r in runs}
     number = frame["run"].map(numbers)
     names = number.map({n: f.name for n, f in folders})
-    return frame.assign(training=names, seed=frame["seed"] + number * (frame["seed"].max() + 1))
+    return frame.assign(**{TRAINING: names}, seed=frame["seed"] + number * (frame["seed"].max() + 1))
 
 
 def check_poolable(frame: "pd.DataFrame") -> list[str]:
@@ -185,13 +187,15 @@ def check_poolable(frame: "pd.DataFrame") -> list[str]:
     words = frame.groupby(["suite", "task_id"], sort=False)["task"].unique()
     for (suite, task_id), texts in words[words.str.len() > 1].items():
         found.append(f"instruction of {suite} task {task_id} differs: {' / '.join(texts)}")
-    for arm, rows in frame.groupby("arm", sort=False):
+    alike = ["arm", *(name for name in frame.columns if name == TRAINING)]  # trainings of an arm are told apart
+    for (arm, *_), rows in frame.groupby(alike, sort=False):
         runs = under_study(rows)
         found += [
             f"{column} differs within arm {arm}: {what}"
             for column in runs.columns[1:]
             for what in _different(runs, column)
         ]
+    for arm, rows in frame.groupby("arm", sort=False):
         twice = int(rows.duplicated(KEY).sum())
         if twice:
             found.append(f"{twice} episodes stand twice or more in arm {arm} (runs {_listed(rows['run'].unique())})")

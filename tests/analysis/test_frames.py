@@ -57,9 +57,10 @@ def test_recorded_arms_are_named_by_what_differs() -> None:
 
 def test_trainings_are_paired_each_with_itself(tmp_path: Path) -> None:
     """Two trainings of two arms; in the second, only one arm solves the one episode."""
-    for training, solved in (("first", (True, True)), ("second", (True, False))):
+    for training, digest, solved in (("first", "ab", (True, True)), ("second", "cd", (True, False))):
         for mode, success in zip(("think", "mask"), solved, strict=True):
-            write_results(evaluation([episode(0, 7, success, seed=5)], mode), tmp_path / training / mode)
+            results = evaluation([episode(0, 7, success, seed=5)], mode, checkpoint_sha256=32 * digest)
+            write_results(results, tmp_path / training / mode)
     folders = [tmp_path / "second", tmp_path / "first"]
     runs = read_runs(tmp_path)
     frame, decisions = (number_trainings(make(runs), runs, folders) for make in (episode_frame, decision_frame))
@@ -69,7 +70,9 @@ def test_trainings_are_paired_each_with_itself(tmp_path: Path) -> None:
     }
     assert set(zip(decisions["training"], decisions["seed"], strict=True)) == {("first", 11), ("second", 5)}
     assert number_trainings(decisions[:0], runs, folders).empty
+    frame["arm"] = frame["cot"]
     assert check_poolable(frame) == []
+    assert len(check_poolable(frame.drop(columns="training"))) == 2, "else trainings are pooled unawares"
     (row,) = compare_arms(frame, "think").to_dict("records")
     assert (row["pairs"], row["both"], row["only_baseline"], row["p_value"]) == (2, 1, 1, 1.0)
 
