@@ -101,7 +101,7 @@ def test_the_decoder_ablations_numbers_are_those_of_its_episodes() -> None:
         rate, low, high = (f"{100 * row[name]:.1f}" for name in ("rate", "low", "high"))
         alone = frame[frame["arm"] == row["arm"]].groupby("training")["success"].sum()
         cells = " | ".join(f"{solved} of 60" for solved in alone)
-        assert f"| {cells} | {row['successes']} of 120, {rate} % | {low}-{high} % |" in lines[row["arm"]]
+        assert f"| {cells} | {row['successes']} of {row['episodes']}, {rate} % | {low}-{high} % |" in lines[row["arm"]]
     for row in compare_arms(frame, "hybrid, thinks").to_dict("records"):
         p = f"{row['p_holm']:.2g}"
         assert f"| {points(row)} | {p} |" in lines[row["arm"]]
