@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -72,39 +73,41 @@ def test_a_studys_script_is_its_readmes_command(study: str) -> None:
     assert f"]({study}/README.md)" in (ROOT / "experiments" / "README.md").read_text()
 
 
-def points(row: dict[str, Any], form: str = "+.1f") -> str:
+def points(row: dict[str, Any]) -> str:
     """A difference with its interval as READMEs write it."""
-    difference, low, high = (f"{100 * row[name]:{form}}" for name in ("difference", "low", "high"))
+    difference, low, high = (f"{100 * row[name]:+.1f}" for name in ("difference", "low", "high"))
     return f"{difference} ({low}, {high})"
 
 
-def test_the_cot_ablations_numbers_are_those_of_its_episodes() -> None:
-    study = ROOT / "experiments" / "cot_ablation"
-    frame, readme = load_results(study), (study / "README.md").read_text().replace("*", "")
-    lines = {line.split("`")[1]: line for line in readme.splitlines() if line.startswith("| `")}
-    for row in success(frame).to_dict("records"):
-        solved, low, high = row["successes"], f"{100 * row['low']:.1f}".removesuffix(".0"), f"{100 * row['high']:.1f}"
-        assert f"| {solved} | {low}-{high} % |" in lines[row["arm"]]
-    for row in compare_arms(frame, "think").to_dict("records"):
-        changes = f"{row['only_arm']} : {row['only_baseline']}"
-        assert f"| {changes} | {points(row, '.0f')} | {row['p_holm']:.0e} |" in lines[row["arm"]]
-
-
-def test_the_decoder_ablations_numbers_are_those_of_its_episodes() -> None:
-    study = ROOT / "experiments" / "decoder_ablation"
-    trainings, readme = sorted(study.glob("training_*")), (study / "README.md").read_text().replace("*", "")
+def pooled(study: Path) -> pd.DataFrame:
+    """All trainings of an ablation, with arms as its README names them."""
+    trainings = sorted(study.glob("training_*"))
     runs = read_runs(trainings)
     frame = number_trainings(episode_frame(runs), runs, trainings)
-    frame["arm"] = frame["decoder"] + ", " + frame["cot"].map({"think": "thinks", "none": "no thought"})
-    lines = {line.split(" | ")[0].removeprefix("| "): line for line in readme.splitlines() if " of 60 |" in line}
+    if frame["decoder"].nunique() > 1:
+        frame["arm"] = frame["decoder"] + ", " + frame["cot"].map({"think": "thinks", "none": "no thought"})
+    else:
+        lengths = ", " + frame["cot.length"].astype(str) + " tokens"
+        frame["arm"] = frame["cot"] + lengths.where(frame["cot"] == "random", "")
+    return frame
+
+
+@pytest.mark.parametrize(("name", "baseline"), [("cot_ablation", "think"), ("decoder_ablation", "hybrid, thinks")])
+def test_an_ablations_numbers_are_those_of_its_episodes(name: str, baseline: str) -> None:
+    study = ROOT / "experiments" / name
+    frame, readme = pooled(study), (study / "README.md").read_text().replace("*", "").replace("`", "")
+    lines = {
+        line.split(" | ")[0].removeprefix("| "): line for line in readme.splitlines() if re.search(r" of \d+ \|", line)
+    }
     for row in success(frame).to_dict("records"):
-        rate, low, high = (f"{100 * row[name]:.1f}" for name in ("rate", "low", "high"))
-        alone = frame[frame["arm"] == row["arm"]].groupby("training")["success"].sum()
-        cells = " | ".join(f"{solved} of 60" for solved in alone)
-        assert f"| {cells} | {row['successes']} of {row['episodes']}, {rate} % | {low}-{high} % |" in lines[row["arm"]]
-    for row in compare_arms(frame, "hybrid, thinks").to_dict("records"):
-        p = f"{row['p_holm']:.2g}"
-        assert f"| {points(row)} | {p} |" in lines[row["arm"]]
+        rate, low, high = (f"{100 * row[end]:.1f}" for end in ("rate", "low", "high"))
+        own = frame[frame["arm"] == row["arm"]].groupby("training")["success"]
+        alone = {training: f"{won} of {size}" for training, won, size in own.agg(["sum", "size"]).itertuples()}
+        cells = " | ".join(alone.get(training, "-") for training in sorted(frame["training"].unique()))
+        solved = f"{row['successes']} of {row['episodes']}, {rate} %"
+        assert f"| {cells} | {solved} | {low}-{high} % |" in lines[row["arm"]]
+    for row in compare_arms(frame, baseline).to_dict("records"):
+        assert f"| {points(row)} | {row['p_holm']:.2g} |" in lines[row["arm"]]
 
 
 def test_grpos_numbers_are_those_of_its_episodes() -> None:
