@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dtvla.analysis.ablation import LEAST_RARER, compare_arms, success_rates
+from dtvla.analysis.ablation import LEAST_RARER, arm_differences, success_rates
 from dtvla.analysis.agreement import agreement
 from dtvla.analysis.contents import Contents, Picture, Section, Table
 from dtvla.analysis.facts import MODE_WORDS, demonstration_facts
@@ -51,7 +51,7 @@ def _evaluated(sources: Sources) -> tuple[list[str], list[Section], list[Section
         return [], [], []
     decisions = decision_frame([run for arm in sources.arms for run in arm.runs])
     warnings = check_poolable(sources.frame)
-    for sentence in warnings if len(sources.arms) == 1 else []:  # else the comparison says them
+    for sentence in warnings:
         say(sentence)
     success, *parts = success_sections(sources.frame)
     results = [success, differences_section(sources.frame), *parts]
@@ -108,7 +108,7 @@ def differences_section(frame: "pd.DataFrame") -> Section | None:
     if shared["arm"].nunique() < 2:
         return Section("differences", title, said)
     try:
-        compared = compare_arms(shared, arms[0])
+        compared = arm_differences(shared, arms[0])
     except UserError as error:
         return Section("differences", title, [*said, f"Not compared: {error}"])
     return Section(
